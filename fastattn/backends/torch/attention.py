@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch import fused as torch_kernel
-from fastattn.backends.torch import ragged_query, segmented, short, single_query, whole_rows
+from fastattn.backends.torch import ragged_query, segmented, single_query, whole_rows
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import (
     FUSED_BWD_MIN_KEYS,
@@ -65,7 +65,7 @@ def tiles(spec: AttentionSpec) -> str:
         return usual
     most = f"{NARROW_FUSED_BWD_MIN_KEYS - 1} keys"
     if segmented.can_run(spec):
-        most = f"{short.ELEMENTS} weights of all heads in a run of a segment" if spec.dropout else most
+        most = f"{whole_rows.ELEMENTS} weights of all heads in a run of a segment" if spec.dropout else most
     elif not whole_rows.may_run(spec):
         return usual
     elif spec.dropout:
