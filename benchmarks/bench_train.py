@@ -2,8 +2,8 @@
 
 python benchmarks/bench_train.py              every case of this machine's device, results stored
 python benchmarks/bench_train.py --list       the cases
-On a CPU also: fine-tuning beside transformers' Trainer (which needs accelerate), packed documents beside a padded loop,
-rows of tokens from text beside the tokenizer alone, and a new process to its first step.
+On a CPU also: fine-tuning beside transformers' Trainer (which needs accelerate), packed and padded documents and pairs
+beside a padded loop, rows of tokens from text beside the tokenizer alone, and a new process to its first step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training as it is run: fine-tuning on texts of many lengths, packed documents, and making tokens of text.
+"""Training as it is run: fine-tuning on texts of many lengths, packed and padded documents, pairs, and making tokens.
 
 Ours is the Trainer or the data set that `fastattn train` makes; a peer is transformers' Trainer, a padded loop over its
 model, or the tokenizers package alone.
@@ -27,7 +27,7 @@ LOOP, ALONE = "transformers-padded", "tokenizers"
 
 @dataclass(frozen=True)
 class RunCase:
-    """One of the uses: "fine-tune" and "packed" take whole steps with the optimiser, "tokens" makes rows of text."""
+    """One of the uses: "tokens" makes rows of text, all others take whole steps with the optimiser."""
 
     name: str
     group: str
@@ -55,9 +55,12 @@ class RunCase:
         lengths = f"of {self.shortest} to {self.longest} tokens"
         if self.group == "fine-tune":
             return f"{self.preset or 'a small BERT'}, classification of {self.count} texts {lengths}{against}"
-        if self.group == "packed":
+        if self.group == "pairs":
+            model = f"{self.preset} twice with cross-attention" if self.preset else "a small encoder-decoder"
+            return f"{model}, {self.batch} pairs {lengths}, with AdamW"
+        if self.group in ("packed", "padded"):
             model = f"{self.preset} with {Packed.LAYERS} layers" if self.preset else "a small GPT"
-            return f"{model}, {self.batch} documents {lengths}, packed, with AdamW"
+            return f"{model}, {self.batch} documents {lengths}, {self.group}, with AdamW"
         return f"{self.count} times the packaged corpus to rows of 1024 tokens"
 
     @property
@@ -71,8 +74,8 @@ class RunCase:
 
     def open(self, device: torch.device) -> Any:
         """The inputs of all providers."""
-        kinds: dict[str, Callable[..., Any]] = {"fine-tune": FineTuning, "packed": Packed, "tokens": Tokens}
-        return kinds[self.group](self, device)
+        kinds: dict[str, Callable[..., Any]] = {"fine-tune": FineTuning, "pairs": Pairs, "tokens": Tokens}
+        return kinds.get(self.group, Packed)(self, device)
 
     def small(self) -> RunCase:
         """The same of tiny models and few texts."""
@@ -185,7 +188,7 @@ class FineTuning(Unjudged):
 
 
 class Packed(Unjudged):
-    """A GPT's step with AdamW on documents: ours packed into rows by best fit, a peer's padded to the longest."""
+    """A GPT's step with AdamW on documents: "packed", ours in rows by best fit; "padded", ours as a peer's."""
 
     ROW = 1024
     LAYERS = 4  # of the preset's width, so that fifteen rounds take minutes
@@ -222,22 +225,54 @@ class Packed(Unjudged):
         """One update on the documents."""
         model = self.pair.make("fastattn" if provider == OURS else "transformers-sdpa", torch.float32).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=self.device.type == "cuda")
-        if provider == OURS:
+        if provider == OURS and self.case.group == "packed":
             batch = {name: torch.stack([row[name] for row in self.rows]) for name in self.rows[0]}
         else:
             batch = _padded(self.documents, 0)
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return _update(model, optimizer, {name: tensor.to(self.device) for name, tensor in batch.items()})
 
-        def step() -> dict[str, Tensor]:
-            loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return {"loss": loss.detach()}
 
-        return step
+class Pairs(Unjudged):
+    """An encoder-decoder's step with AdamW on pairs of texts, padded as collators do; with dropout but in small."""
+
+    VOCABULARY = 8192
+    WITHOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    keeps_state = True
+
+    def __init__(self, case: RunCase, device: torch.device) -> None:
+        from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
+
+        self.case, self.device = case, device
+        sizes = {"vocab_size": self.VOCABULARY} if case.preset else {**SMALL_ENCODER, **self.WITHOUT}
+        config = BertConfig.preset(case.preset or "bert-base-uncased", **sizes, pad_token_id=0)
+        tokens = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+        drawn = random.Random(7)
+        lengths = [
+            [drawn.randint(case.shortest, case.longest) for _ in range(case.batch)] for side in range(2)
+        ]
+        source, target = (
+            _padded([[drawn.randrange(5, config.vocab_size) for _ in range(n)] for n in side], 0)
+            for side in lengths
+        )
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
+        self.batch = {name: tensor.to(device) for name, tensor in {**source, "labels": labels}.items()}
+        torch.manual_seed(7)
+        self.folder = tempfile.TemporaryDirectory()
+        model = EncoderDecoder(EncoderDecoderConfig(config, bert_decoder(config), **tokens))
+        model.save_pretrained(self.folder.name)
+
+    def step(self, provider: str) -> Step:
+        """One update on the pairs."""
+        import transformers
+
+        from fastattn.models import EncoderDecoder
+
+        kind: Any = EncoderDecoder if provider == OURS else transformers.EncoderDecoderModel
+        model = kind.from_pretrained(self.folder.name).to(self.device).train()
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+        fused = self.device.type == "cuda"
+        return _update(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused), self.batch)
 
 
 class Tokens(Unjudged):
@@ -264,6 +299,20 @@ class Tokens(Unjudged):
             return {"rows": torch.tensor(len(BestFitDataset.of_stream(stream, 1024)))}
 
         return packed if provider == OURS else alone
+
+
+def _update(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Step:
+    """A step with clipping on the same batch each time."""
+
+    def step() -> dict[str, Tensor]:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach()}
+
+    return step
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
@@ -300,5 +349,7 @@ def run_cases() -> list[RunCase]:
         RunCase("fine-tune", "fine-tune", **bert, target=at_least(PADDED, 1.8), peers=(PADDED,)),
         RunCase("fine-tune-grouped", "fine-tune", **bert, target=at_least(GROUPED, 1.1), peers=(GROUPED,)),
         RunCase("packed", "packed", 8, 8, 50, 500, "gpt2", target=at_least(LOOP, 1.75), peers=(LOOP,)),
+        RunCase("padded", "padded", 8, 8, 50, 500, "gpt2", peers=(LOOP,)),
+        RunCase("pairs", "pairs", 32, 32, 8, 128, "minilm-l6", peers=(LOOP,)),
         RunCase("tokens", "tokens", 8, 0, target=at_least(ALONE, 0.8), peers=(ALONE,)),
     ]
