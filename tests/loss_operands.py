@@ -27,6 +27,29 @@ def operands(dtype: torch.dtype = torch.float64, grad: bool = True) -> list[Tens
     return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad) for shape in shapes]
 
 
+def torchs(
+    logits: Tensor, target: Tensor, *, class_weight: Tensor | None = None, z_loss: float = 0.0,
+    reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """torch's weighted loss, and z_loss * lse**2 of every token that is not ignored, reduced without weights."""
+    weight = None if class_weight is None else class_weight.to(logits.dtype)
+    loss = F.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    if not z_loss:
+        return loss
+    kept = target != ignore_index
+    squares = torch.where(kept, logits.logsumexp(-1 if logits.dim() == 1 else 1).square(), 0)
+    if reduction != "none":
+        squares = squares.sum() / (kept.sum() if reduction == "mean" else 1)
+    return loss + z_loss * squares
+
+
 def all_logits(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, softcap: float | None = None,
     **options: Any,
@@ -35,7 +58,7 @@ def all_logits(
     logits = F.linear(hidden, weight, bias)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.movedim(-1, 1) if logits.dim() > 2 else logits, target, **options)
+    return torchs(logits.movedim(-1, 1) if logits.dim() > 2 else logits, target, **options)
 
 
 def losses_and_grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -177,7 +177,10 @@ def _hidden(call: LinearCrossEntropyCall, rows: slice) -> Tensor:
 
 
 def _without_ignored(call: LinearCrossEntropyCall) -> tuple[LinearCrossEntropyCall, Tensor | None]:
-    """The call without its ignored tokens and the positions of the others, where that costs no synchronisation."""
+    """The call without its ignored tokens and the positions of the others, where that costs no synchronisation.
+
+    However few are ignored: to compute them too, `hidden` would be copied as well, for zeros in rows that may be NaN.
+    """
     if call.hidden.device.type != "cpu":
         return call, None
     kept = (call.target != call.ignore_index).nonzero()[:, 0]

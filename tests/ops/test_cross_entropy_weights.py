@@ -10,6 +10,7 @@ import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_operands import torchs
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,27 +48,6 @@ def operands(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
     target[1::3], target[0] = -100, 0
     leaves = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
     return leaves, target
-
-
-def torchs(
-    logits: Tensor, target: Tensor, *, class_weight: Tensor | None = None, z_loss: float = 0.0,
-    reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """torch's weighted loss, and z_loss * lse**2 of every token that is not ignored, reduced without weights."""
-    weight = None if class_weight is None else class_weight.to(logits.dtype)
-    loss = F.cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
-    kept = target != ignore_index
-    squares = torch.where(kept, logits.logsumexp(-1 if logits.dim() == 1 else 1).square(), 0)
-    if reduction != "none":
-        squares = squares.sum() / (kept.sum() if reduction == "mean" else 1)
-    return loss + z_loss * squares
 
 
 def with_grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
