@@ -39,7 +39,7 @@ class CausalLMOutput(NamedTuple):
 
     loss: Tensor | None  # ()
     logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
-    last_hidden_state: Tensor  # (B, S, E), after the final norm
+    last_hidden_state: Tensor  # (B, S, E), after the final norm; anything at padding, as hidden_states
     hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): blocks' inputs, last_hidden_state
     attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
     cross_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, Sk), with a memory
@@ -135,9 +135,12 @@ class GPT(Pretrained, nn.Module):
         targets = None
         if labels is not None:
             targets = next_tokens(labels, segment_ids, config.vocab_size, aligned=labels_aligned)
+        # given positions, not numbers of tokens, are the lengths that dynamic scaling goes by
+        counted = position_ids is None or not any(rotary.is_dynamic for rotary in self.rotary.values())
         if position_ids is None:
             position_ids = count_positions(input_ids, attention_mask, segment_ids, past, config)
-        if not (return_logits or output_attentions) and cache is None and segment_ids is None:
+        whole = return_logits or output_attentions or cache is not None or segment_ids is not None
+        if targets is not None and counted and not whole:
             row = Row.of(attention_mask, targets, memory)
             if row is not None:  # a subclass may forward something else
                 return row.run(

@@ -22,7 +22,7 @@ class Row:
     memory: Memory | None
 
     @classmethod
-    def of(cls, attention_mask: Tensor | None, targets: Tensor | None, memory: Memory | None) -> Row | None:
+    def of(cls, attention_mask: Tensor | None, targets: Tensor, memory: Memory | None) -> Row | None:
         """The row for a mask and targets, (B, S) both; None without padding, or where a mask may not be read.
 
         None also where a token of padding has a target, whose loss counts, and where a sequence has padding between its
@@ -33,7 +33,7 @@ class Row:
         tokens = Tokens.of(attention_mask, *attention_mask.shape, gaps=False)
         if tokens.places is None or tokens.real is None or not len(tokens.places):
             return None
-        if targets is not None and bool((targets[~tokens.real] != IGNORE_INDEX).any()):
+        if bool((targets[~tokens.real] != IGNORE_INDEX).any()):
             return None
         if memory is None:
             return cls(tokens, None)
@@ -44,7 +44,7 @@ class Row:
         self,
         forward: Callable[..., Any],
         input_ids: Tensor,
-        targets: Tensor | None,
+        targets: Tensor,
         position_ids: Tensor,
         output_hidden_states: bool,
     ) -> Any:
@@ -57,7 +57,7 @@ class Row:
 
         output = forward(
             packed(input_ids),
-            labels=None if targets is None else packed(targets),
+            labels=packed(targets),
             labels_aligned=True,
             position_ids=packed(position_ids.expand(input_ids.shape)),
             segment_ids=(tokens.places // tokens.seqlen)[None],

@@ -31,10 +31,15 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.dim % 2 or not 0 < self.dim <= self.head_dim:
             raise ValueError(f"rotary_dim: got {self.dim}, needs an even number from 2 to {self.head_dim}")
-        if self.scaling is not None and self.scaling.kind == "dynamic" and self.dim == 2:
+        if self.is_dynamic and self.dim == 2:
             raise ValueError("scaling: dynamic scaling needs a rotary_dim above 2, got 2")
         if self.base <= 0:
             raise ValueError(f"base: got {self.base}, needs a positive number")
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether a sequence's angles depend on its length."""
+        return self.scaling is not None and self.scaling.kind == "dynamic"
 
     @property
     def dim(self) -> int:
@@ -49,7 +54,7 @@ class Rotary:
         lengths: the tokens of each position's sequence, of a shape that goes with that of positions; by default one
             more than a row's largest position. Only dynamic scaling depends on them.
         """
-        if self.scaling is not None and self.scaling.kind == "dynamic" and lengths is None:
+        if self.is_dynamic and lengths is None:
             last = positions.amax(-1, keepdim=True) if positions.shape[-1] else positions[..., :0]
             lengths = last + 1
         lengths = None if lengths is None else lengths[..., None]

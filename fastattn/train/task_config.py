@@ -33,8 +33,8 @@ class DataConfig:
         tokenizer: a folder with the tokenizer, instead of the model's; or for a preset "wordpiece", "bpe" or
             "characters", trained on the training data.
         vocab_size: of a tokenizer that is trained.
-        lowercase: whether a trained tokenizer drops case and accents; None where the task writes no text with it. Not
-            for "bpe" and decoders, which keep both.
+        lowercase: whether a trained tokenizer drops case and accents; None for yes, except in tasks that write text.
+            "bpe" and decoders keep both.
         cache: folder for the files of causal-lm and masked-lm, of which a later run with the same data and tokenizer
             makes use; by default data of 64 MB and more has files in the user's cache.
     """

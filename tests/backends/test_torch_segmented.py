@@ -144,7 +144,9 @@ def test_long_segments_run_alone(
 
 
 OTHERS = {
-    "an id with two runs": {"segment_ids": runs([(0, 5), (1, 5), (0, 5)], [(0, 30)], [(0, 9)])},
+    "an id with two runs": {
+        "segment_ids": runs([(0, 5), (1, 5), (0, 5)], [(3, 9), (-1, 2), (3, 9)], [(0, 1), (1, 2), (0, 9)])
+    },
     "other segments of keys": {"segment_ids": (LAYOUTS["documents"], LAYOUTS["gaps"])},
     "a window": {"segment_ids": LAYOUTS["documents"], "window": (5, 0)},
     "a softcap": {"segment_ids": LAYOUTS["documents"], "softcap": 5.0},
@@ -163,3 +165,30 @@ def test_other_calls_run_by_tiles(name: str, taken: list[bool]) -> None:
     assert_each_within_rule(
         actual, lambda: formula(torch.float32), formula(torch.float64), name, torch.float32
     )
+
+
+ODD = {
+    "an id with two runs": (HEADS, [(0, 5), (1, 5), (0, 5)]),
+    "a long document behind another": (HEADS, [(0, 3), (1, 38)]),
+    "no segment": (HEADS, []),
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_another_row_of_the_batch_changes_no_bit(
+    name: str, odd: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short, "ELEMENTS", HEADS * 32 * 32)  # 38 tokens are long
+    short._groups.cache_clear()
+    tensors = operands(2, torch.float32 if dropout_p else torch.bfloat16)
+    ids = torch.cat([LAYOUTS[name][:2], runs(ODD[odd][1])])
+    options = {"causal": True, "dropout_p": dropout_p, "backend": "torch"}
+    together = results(fastattn.attention, tensors, segment_ids=ids, **options)
+    alone = results(fastattn.attention, [t[:1] for t in tensors], segment_ids=ids[:1], **options)
+    two = results(fastattn.attention, [t[:2] for t in tensors], segment_ids=ids[:2], **options)
+    short._groups.cache_clear()
+    for key, value in together.items():
+        assert torch.equal(value[:1], alone[key]), key
+        assert torch.equal(value[:2], two[key]), key

@@ -108,6 +108,27 @@ def test_a_row_may_be_longer_than_the_positions() -> None:
         model(ids, position_ids=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10]))
 
 
+@pytest.mark.parametrize("shape", [(9,), (3, 9)])
+@every_kind
+def test_given_positions(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    model = make_gpt(**{**options, "n_positions": max(options.get("n_positions", 0), 12)}).train()
+    if "rope_scaling" in options:  # past its original length too
+        model = make_gpt(**options).train()
+    ids, mask, labels = padded("right")
+    positions = (torch.arange(9) + 2).expand(shape)
+    lean, whole = (
+        model(ids, mask, labels, position_ids=positions, return_logits=keep) for keep in (None, True)
+    )
+    torch.testing.assert_close(lean.loss, whole.loss)
+
+
+def test_without_labels_hidden_states_are_those_with_logits() -> None:
+    model = make_gpt()
+    ids, mask, _ = padded("left")
+    lean, whole = (model(ids, mask, return_logits=keep).last_hidden_state for keep in (False, True))
+    assert torch.equal(lean, whole)
+
+
 PADDED = {
     "a label of padding": lambda ids, mask, labels: (ids, mask, ids),
     "padding between tokens": lambda ids, mask, labels: (ids, mask.index_fill(1, torch.tensor(2), 0), labels),

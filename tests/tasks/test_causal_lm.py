@@ -137,6 +137,24 @@ def test_a_students_loss_is_the_formula(tokenizer: Tokenizer, kind: str) -> None
     assert student.eval()(**batch).loss.item() == pytest.approx(float(hard), rel=64 * EPS)
 
 
+@pytest.mark.parametrize("counted", ["real tokens", "the first token too", "padding too"])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_student_of_itself_has_nothing_to_learn_in_a_padded_batch(
+    tokenizer: Tokenizer, left: bool, counted: str
+) -> None:
+    student, teacher = model_of(tokenizer, Student), model_of(tokenizer)
+    teacher.load_state_dict(student.state_dict())
+    student.train().learn_from(teacher, weight=1.0, temperature=1.0)
+    ids = torch.randint(1, 20, (2, 8))
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, slice(0, 4) if left else slice(4, 8)] = 0
+    labels = ids if counted == "padding too" else ids.masked_fill(mask == 0, -100)
+    if counted == "real tokens" and left:
+        labels[1, 4] = -100  # which padding would predict
+    loss = student(ids, mask, labels).loss
+    assert loss.item() == pytest.approx(0.0, abs=64 * EPS)
+
+
 def test_adapters_of_a_student_alone_change(tokenizer: Tokenizer) -> None:
     student = model_of(tokenizer, Student)
     student.learn_from(model_of(tokenizer), weight=0.5, temperature=1.0)

@@ -5,6 +5,7 @@ Forward and backward need O(S) memory: tiles come from `schedule`, what no query
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -37,6 +38,7 @@ from fastattn.backends.torch.parts import (
     Part,
     cols_of,
     merged,
+    one_sequence,
     parts,
     rows_of,
 )
@@ -85,16 +87,16 @@ def attention_fwd(spec: AttentionSpec, call: AttentionCall, first_sequence: int 
 
 def _by_tiles(spec: AttentionSpec, call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
     """(out, lse) without sinks."""
-    if spec.dropout:
-        found = None
-        if whole_rows.can_run(spec, call):
+    if spec.dropout and _whole_rows_can_run(spec, call):
+        if segmented.can_run(spec):
+            alone = partial(_by_tiles, spec.replace(segments=False))
+            found = segmented.attention_fwd(call, first_sequence, alone)
+        else:
             found = whole_rows.attention_fwd(call, first_sequence)
-        elif segmented.can_run(spec):
-            found = segmented.attention_fwd(
-                call, first_sequence, partial(_by_tiles, spec.replace(segments=False))
-            )
         if found is not None:
             return found
+        if call.query.shape[0] > 1:
+            return _one_by_one(spec, call, first_sequence)
     fused = torch_kernel.can_run(spec) and call.scale > 0
     run = fused_rows if fused else blockwise_rows
     if single_query.can_run(spec):
@@ -131,15 +133,20 @@ def attention_bwd(
     extreme = is_extreme(call, lse)
     if lse_safe is lse and dlse is None and runs_dense(spec, call) and not has_nan:
         return _few_keys_bwd(call, dout)
-    if not has_nan and prefers_whole_rows_bwd(spec, call.key.shape[2]):
-        found = None
-        if lse_safe is lse and whole_rows.can_run(spec, call):
+    given = call, out, lse, dout, dlse
+    several, found = call.query.shape[0] > 1, None
+    if has_nan and several and not (needs.bias or needs.alibi_slopes or needs.sinks):
+        return _one_by_one_bwd(partial(_alone_bwd, spec, needs), *given, first_sequence)
+    if prefers_whole_rows_bwd(spec, call.key.shape[2]) and _whole_rows_can_run(spec, call):
+        if segmented.can_run(spec) and not has_nan:
+            alone_bwd = partial(_alone_bwd, spec.replace(segments=False), needs)
+            found = segmented.attention_bwd(spec, *given, first_sequence, alone_bwd)
+        elif lse_safe is lse and not has_nan:
             found = whole_rows.attention_bwd(call, dout, dlse, first_sequence)
-        elif segmented.can_run(spec):
-            run = partial(_alone_bwd, spec.replace(segments=False), needs)
-            found = segmented.attention_bwd(spec, call, out, lse, dout, dlse, first_sequence, run)
         if found is not None:
             return found
+        if several:
+            return _one_by_one_bwd(partial(_alone_bwd, spec, needs), *given, first_sequence)
     forward_fused = torch_kernel.can_run(spec.replace(bias_grad=False, alibi_grad=False)) and call.scale > 0
     forward_fused = forward_fused or ragged_query.can_run(spec)
     fused = forward_fused and not (spec.bias_grad or spec.alibi_grad or extreme or has_nan) and dlse is None
@@ -176,6 +183,34 @@ def attention_bwd(
                     blockwise_tile_bwd(part, tile, rows, dout, sums)
     sums = sums or GradientSums(call, needs.bias, needs.alibi_slopes)
     return AttentionGrads(*sums.results(), dsinks(sink_weight, delta, needs))
+
+
+def _whole_rows_can_run(spec: AttentionSpec, call: AttentionCall) -> bool:
+    """Whether softmax of whole rows may give the results of each sequence."""
+    return segmented.can_run(spec) or whole_rows.can_run(spec, call)
+
+
+def _one_by_one(spec: AttentionSpec, call: AttentionCall, first_sequence: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) sequence by sequence, where one of them cannot run as the others: it changes no bit of theirs."""
+    found = [_by_tiles(spec, one_sequence(call, b), first_sequence + b) for b in range(call.query.shape[0])]
+    out, lse = (torch.cat(results) for results in zip(*found))
+    return in_order(out, call.query), lse
+
+
+def _one_by_one_bwd(
+    run: Callable[..., AttentionGrads], call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None, first_sequence: int,
+) -> AttentionGrads:  # fmt: skip
+    """The gradients likewise."""
+    grads = tuple(empty_in_order(t, tuple(t.shape)) for t in (call.query, call.key, call.value))
+    for b in range(call.query.shape[0]):
+        row = slice(b, b + 1)
+        of_lse = None if dlse is None else dlse[row]
+        found = run(one_sequence(call, b), out[row], lse[row], dout[row], of_lse, first_sequence + b)
+        for grad, share in zip(grads, (found.query, found.key, found.value)):
+            if share is not None:
+                grad[row] = share
+    return AttentionGrads(*grads)
 
 
 def _alone_bwd(

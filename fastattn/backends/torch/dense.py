@@ -23,7 +23,8 @@ def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
 
 
 def prefers_whole_rows_bwd(spec: AttentionSpec, seqlen_k: int) -> bool:
-    """Whether float32 products of whole rows are the faster backward, where they can run."""
+    """Whether float32 products of whole rows, or of whole runs of a segment, are the faster backward of some calls of
+    this many keys: of runs `short.fewer_keys_bwd` says which."""
     return spec.dropout or (
         spec.dtype.itemsize < 4 and (spec.segments or seqlen_k < NARROW_FUSED_BWD_MIN_KEYS)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -208,6 +208,26 @@ def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:
             call, first_sequence, rows, call.query[rows], call.key[rows, :, :length], call.value[rows, :, :length],
             segments, band, last_band,
         )  # fmt: skip
+
+
+def one_sequence(call: AttentionCall, b: int) -> AttentionCall:
+    """Sequence b of a call by itself, in views of its tensors."""
+    names = (
+        "query",
+        "key",
+        "value",
+        "mask",
+        "bias",
+        "query_segments",
+        "key_segments",
+        "key_lengths",
+        "alibi_slopes",
+    )
+    given = {name: getattr(call, name) for name in names}
+    batch = call.query.shape[0]
+    return replace(
+        call, **{n: t[b : b + 1] for n, t in given.items() if t is not None and t.shape[0] == batch}
+    )
 
 
 def dropped(part: Part, tile: Tile, probs: Tensor) -> Tensor:

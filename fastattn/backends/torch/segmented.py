@@ -25,13 +25,13 @@ def can_run(spec: AttentionSpec) -> bool:
 
 
 def attention_fwd(call: AttentionCall, first_sequence: int, alone: Forward) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a call with dropout that `can_run`; None where its segments are not runs, or are all long.
+    """(out, lse) of a call with dropout that `can_run`; None where its segments are not runs, or one is long
+    and its dropout does not count from 0.
 
-    alone: (out, lse) of one sequence, and its number in the dropout stream.
+    alone: (out, lse) of one run, a sequence of the dropout stream.
     """
     given = _sequences(call, first_sequence)
-    groups = () if given is None else given.groups()
-    if given is None or not groups or not _rest_can_run(given, groups):
+    if given is None or not _rest_can_run(given, groups := given.groups()):
         return None
     batch, num_heads, seqlen = call.query.shape[:3]
     out = empty_in_order(call.query, (batch, num_heads, seqlen, call.value.shape[3])).zero_()
@@ -47,8 +47,8 @@ def attention_fwd(call: AttentionCall, first_sequence: int, alone: Forward) -> t
         return None
     _write(out, outs)
     lse.copy_(lses.view(batch, seqlen, num_heads).transpose(1, 2))
-    for number, b, place, sequence in _others(given, call, done):
-        out[b, :, place], lse[b, :, place] = (t[0] for t in alone(sequence, number))
+    for stream, b, place, run in _others(given, call, done):
+        out[b, :, place], lse[b, :, place] = (t[0] for t in alone(run, stream))
     return out, lse
 
 
@@ -58,11 +58,10 @@ def attention_bwd(
 ) -> AttentionGrads | None:  # fmt: skip
     """The gradients of a call that `can_run`; None as in `attention_fwd`.
 
-    alone: those of one sequence, of (call, out, lse, dout, dlse, number).
+    alone: those of one run, of (call, out, lse, dout, dlse, its sequence of the dropout stream).
     """
     given = _sequences(call, first_sequence)
-    groups = () if given is None else given.groups(short.fewer_keys_bwd(spec))
-    if given is None or not groups or not _rest_can_run(given, groups):
+    if given is None or not _rest_can_run(given, groups := given.groups(short.fewer_keys_bwd(spec))):
         return None
     grads = [empty_in_order(t, tuple(t.shape)).zero_() for t in (call.query, call.key, call.value)]
     totals, douts = [_tokens(grad) for grad in grads], _tokens(dout)
@@ -77,11 +76,9 @@ def attention_bwd(
         return None
     for grad, total in zip(grads, totals):
         _write(grad, total)
-    for number, b, place, sequence in _others(given, call, done):
+    for stream, b, place, run in _others(given, call, done):
         rows = slice(b, b + 1), slice(None), place
-        found = alone(
-            sequence, out[rows], lse[rows], dout[rows], None if dlse is None else dlse[rows], number
-        )
+        found = alone(run, out[rows], lse[rows], dout[rows], None if dlse is None else dlse[rows], stream)
         for grad, share in zip(grads, (found.query, found.key, found.value)):
             if share is not None:
                 grad[rows] = share
@@ -95,7 +92,7 @@ def _sequences(call: AttentionCall, first_sequence: int) -> short.Sequences | No
         return None
     if query_ids is not key_ids and not torch.equal(query_ids, key_ids):
         return None
-    bounds, origins = [], []
+    bounds, streams = [], []
     seqlen = query_ids.shape[1]
     for b, ids in enumerate(query_ids.numpy()):
         runs = _runs(ids)
@@ -104,9 +101,9 @@ def _sequences(call: AttentionCall, first_sequence: int) -> short.Sequences | No
         for start, stop in runs:
             place = b * seqlen + start, b * seqlen + stop
             bounds.append((place, place))
-            origins.append((first_sequence + b, start))
+            streams.append((first_sequence + b, start))
     query, key, value = (_tokens(t) for t in (call.query, call.key, call.value))
-    return short.Sequences(query, key, value, call, bounds, origins)
+    return short.Sequences(query, key, value, call, bounds, streams)
 
 
 def _runs(ids: NDArray[np.int32]) -> list[tuple[int, int]] | None:
@@ -130,29 +127,25 @@ def _write(padded: Tensor, tokens: Tensor) -> None:
 def _rest_can_run(
     given: short.Sequences, groups: Sequence[short.Group], done: set[int] | None = None
 ) -> bool:
-    """Whether every sequence that is in no group, or not `done`, can run alone: its dropout must count from 0."""
-    if not given.call.dropout_p or given.origins is None:
+    """Whether every run that is in no group, or not `done`, can run alone: its dropout must count from 0."""
+    if not given.call.dropout_p or given.streams is None:
         return True
     if done is None:
-        done = {number for group in groups for number in group.numbers}
-    return all(number in done or first == 0 for number, (_, first) in enumerate(given.origins))
+        done = {run for group in groups for run in group.numbers}
+    return all(run in done or first == 0 for run, (_, first) in enumerate(given.streams))
 
 
 def _others(
     given: short.Sequences, call: AttentionCall, done: set[int]
 ) -> Iterator[tuple[int, int, slice, AttentionCall]]:
-    """(number in the dropout stream, b, place, call by itself) of every sequence that is not done."""
-    assert given.origins is not None
+    """(sequence of the dropout stream, b, place, call by itself) of every run that is not done."""
+    assert given.streams is not None
     seqlen = call.query.shape[2]
-    for number, (((start, stop), _), (sequence, _)) in enumerate(zip(given.bounds, given.origins)):
-        if number in done:
+    for run, (((start, stop), _), (stream, _)) in enumerate(zip(given.bounds, given.streams)):
+        if run in done:
             continue
         b, offset = divmod(start, seqlen)
         place = slice(offset, offset + stop - start)
         query, key, value = (t[b : b + 1, :, place] for t in (call.query, call.key, call.value))
-        yield (
-            sequence,
-            b,
-            place,
-            replace(call, query=query, key=key, value=value, query_segments=None, key_segments=None),
-        )
+        alone = replace(call, query=query, key=key, value=value, query_segments=None, key_segments=None)
+        yield stream, b, place, alone

@@ -35,8 +35,8 @@ class Sequences:
         query, key, value: (T, H, D), (Tk, Hkv, D) and (Tk, Hkv, Dv).
         call: of which they are, for the options.
         bounds: of each sequence.
-        origins: of each, its number and the position of its first token in the dropout stream; None = their order, and
-            each counts from 0.
+        streams: of each, the sequence of the dropout stream that it is part of, and its first position there; None =
+            its number, and 0.
     """
 
     query: Tensor
@@ -44,7 +44,7 @@ class Sequences:
     value: Tensor
     call: VarlenCall | AttentionCall
     bounds: Bounds
-    origins: Sequence[tuple[int, int]] | None = None
+    streams: Sequence[tuple[int, int]] | None = None
 
     @classmethod
     def of(cls, call: VarlenCall, bounds: Bounds) -> Sequences:
@@ -61,7 +61,7 @@ class Sequences:
         call, num_heads = self.call, self.query.shape[1]
         if call.dropout_seed is None:
             return None
-        origins = [(number, 0) if self.origins is None else self.origins[number] for number in numbers]
+        streams = [(number, 0) if self.streams is None else self.streams[number] for number in numbers]
 
         def drawn(sequences: Sequence[int], first: int) -> Tensor:
             heads = torch.tensor(sequences)[:, None] * num_heads + torch.arange(num_heads)
@@ -69,9 +69,9 @@ class Sequences:
             assert call.dropout_seed is not None
             return kept_weights(call.dropout_seed, heads, of_rows, of_cols, call.dropout_p, dtype)
 
-        if all(first == 0 for _, first in origins):
-            return drawn([sequence for sequence, _ in origins], 0)
-        return torch.cat([drawn([sequence], first) for sequence, first in origins])
+        if all(first == 0 for _, first in streams):
+            return drawn([sequence for sequence, _ in streams], 0)
+        return torch.cat([drawn([sequence], first) for sequence, first in streams])
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _matrices(given: Sequences, group: Group) -> Matrices:
     keep = None if keep is None else keep.view(count * num_kv_heads, -1, num_cols)
     query = _rows(given, group, given.query)
     heads = count, num_heads
-    return Matrices(query, key, value, call.scale, hidden, heads, keep, keep_scale(call.dropout_p))
+    return Matrices(query, key, value, call.scale, heads, hidden, keep, keep_scale(call.dropout_p))
 
 
 def _rows(given: Sequences, group: Group, tokens: Tensor) -> Tensor:

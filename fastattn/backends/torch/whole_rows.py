@@ -48,9 +48,8 @@ class Matrices:
         query: (m, R, D), the R rows of the queries of a key/value head.
         key, value: (m, Sk, D) and (m, Sk, Dv).
         scale: of scores.
-        hidden: -inf in pairs that do not attend and 0 elsewhere, broadcastable to (b, H, Sq, Sk), the order of the rows
-            of all matrices; None = all attend.
-        heads: (b, H).
+        heads: (b, H), the sequences and query heads of which the rows are.
+        hidden: -inf in pairs that do not attend and 0 elsewhere, broadcastable to (b, H, Sq, Sk); None = all attend.
         keep: 1 for weights that dropout keeps, else 0, (m, R, Sk); None without dropout.
         keep_scale: what dropout multiplies kept weights by.
     """
@@ -59,8 +58,8 @@ class Matrices:
     key: Tensor
     value: Tensor
     scale: float
+    heads: tuple[int, int]
     hidden: Tensor | None = None
-    heads: tuple[int, int] = (1, 1)
     keep: Tensor | None = None
     keep_scale: float = 1.0
 
@@ -178,7 +177,7 @@ class _Heads:
         key, value = (self.of_keys(t).to(dtype).flatten(0, 1) for t in (call.key, call.value))
         batch, num_heads = self.of_queries(call.query).shape[:2]
         return Matrices(
-            self.rows(call.query), key, value, call.scale, self._hidden(), (batch, num_heads), self._keep(),
+            self.rows(call.query), key, value, call.scale, (batch, num_heads), self._hidden(), self._keep(),
             keep_scale(call.dropout_p),
         )  # fmt: skip
 
