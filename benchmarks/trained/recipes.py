@@ -11,7 +11,9 @@ from trained import files
 from trained.rows import SEEDS, Goal, Step, TaskRow, evaluate, peer, train, with_peers
 
 
-def shakespeare(name: str, minutes: float, layers: int, width: int, rate: float, goal: float) -> TaskRow:
+def shakespeare(
+    name: str, minutes: float, layers: int, width: int, dropout: float, rate: float, goal: float
+) -> TaskRow:
     """The character model of tinyshakespeare within a time, by AdamW at a rate and by Muon."""
     whole = 2 * minutes + 4  # of both, evaluations included
     common = (
@@ -21,6 +23,7 @@ def shakespeare(name: str, minutes: float, layers: int, width: int, rate: float,
         "--train.batch_size=8", "--train.warmup_steps=50", "--train.max_epochs=1000", "--train.min_lr_ratio=0.0",
         "--train.beta2=0.99", "--train.eval_every=250", "--train.save_every=1000000", "--train.precision={precision}",
         f"--train.max_seconds={{seconds:{minutes / whole:.5f}}}",
+        *(f"--model.{place}_pdrop={dropout:g}" for place in ("embd", "resid") if dropout),
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
@@ -282,8 +285,8 @@ def _preferences() -> TaskRow:
 ROWS: dict[str, TaskRow] = {
     row.name: row
     for row in (
-        shakespeare("shakespeare-5min", 5, 4, 192, 3e-3, 1.60),
-        shakespeare("shakespeare-60min", 60, 6, 384, 1e-3, 1.50),
+        shakespeare("shakespeare-5min", 5, 4, 192, 0.0, 3e-3, 1.60),
+        shakespeare("shakespeare-60min", 60, 6, 256, 0.1, 1e-3, 1.50),
         _reuters(),
         _chinese(),
         _entities(),
