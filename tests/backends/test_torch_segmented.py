@@ -57,7 +57,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each pass that came here, whether it gave the result."""
     found: list[bool] = []
 
-    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
         def seen(*args: Any) -> Any:
             result = run(*args)
             found.append(result is not None)
@@ -66,7 +66,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return seen
 
     for name in ("attention_fwd", "attention_bwd"):
-        monkeypatch.setattr(segmented, name, watched(getattr(segmented, name)))
+        monkeypatch.setattr(segmented, name, recorded(getattr(segmented, name)))
     return found
 
 
