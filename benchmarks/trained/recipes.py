@@ -27,7 +27,7 @@ def shakespeare(
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
-        "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.02", "--train.lr=2e-3"),
+        "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.01", "--train.lr=4e-3"),
         "AdamW": (f"--train.lr={rate:g}",),
     }
     steps: list[Step] = []
