@@ -104,7 +104,8 @@ class GPT(Pretrained, nn.Module):
             cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
             logits_to_keep: logits of the last so many positions only; 0 for all.
             return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
-                gradients, which `linear_cross_entropy` does with a few tokens' logits at a time.
+                gradients, which `linear_cross_entropy` does with a few tokens' logits at a time. On a CPU blocks are
+                then given a padded batch as one row of its real tokens, (1, T, E).
             output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
                 memory that grows with S * S.
             memory: an encoder's output, which a model with config.add_cross_attention reads; optional.
