@@ -234,7 +234,7 @@ class Packed(Unjudged):
 
 
 class Pairs(Unjudged):
-    """An encoder-decoder's step with AdamW on pairs of texts, padded as collators do; with dropout but in small."""
+    """An encoder-decoder's step with AdamW on pairs of texts, padded as collators do; the small form has no dropout."""
 
     VOCABULARY = 8192
     WITHOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)

@@ -294,7 +294,7 @@ ROWS: dict[str, TaskRow] = {
         _written(
             "en-de", "English to German package descriptions, from random weights", "translate/en-de", "", "copy",
             TRANSLATOR, preset="encoder",
-            note="all-MiniLM-L6-v2 is no start: its tokenizer drops the case that German nouns have.",
+            note="Not from all-MiniLM-L6-v2, whose tokenizer drops the case of German nouns.",
         ),
         _written(
             "debian", "Package descriptions to one line, from all-MiniLM-L6-v2", "summarise/debian",

@@ -18,6 +18,8 @@ from torch import Tensor
 import fastattn
 from fastattn import backends, spec
 from fastattn.backends import switches
+from fastattn.backends.torch.dense import NARROW_FUSED_BWD_MIN_KEYS
+from fastattn.backends.torch.whole_rows import ELEMENTS
 from fastattn.integrations import flash_attn
 
 FUSED = [backend for backend in backends.BACKENDS if backend.NAME != "torch"]
@@ -83,17 +85,23 @@ def test_a_backward_that_runs_elsewhere_says_why(monkeypatch: pytest.MonkeyPatch
     assert fastattn.explain(*qkv()).backward is None
 
 
+FEW = NARROW_FUSED_BWD_MIN_KEYS - 1
 IDS = torch.zeros(2, 5, dtype=torch.int32)
-ROWS, FUSED_CPU, BLOCKS = "softmax of whole rows", "torch's fused CPU kernel", "blockwise softmax"
+ROWS, FUSED_CPU, BLOCKS = (
+    "softmax of whole rows in torch operations",
+    "torch's fused CPU kernel",
+    "blockwise softmax",
+)
 ON_CPU: dict[str, tuple[dict[str, Any], torch.dtype, str, str]] = {
     "plain": ({}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} in torch operations up to 191 keys, beyond {FUSED_CPU}"),
-    "dropout": ({"dropout_p": 0.1}, torch.float32, f"{ROWS} in torch operations up to 262144", ROWS),
+    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} up to {FEW} keys, beyond {FUSED_CPU}"),
+    "dropout": ({"dropout_p": 0.1}, torch.float32, f"{ROWS} up to {ELEMENTS // 2} weights", ROWS),
     "segments": ({"segment_ids": IDS}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} in torch operations up to 191"),
+    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} up to {FEW} keys"),
     "segments, dropout": (
         {"segment_ids": IDS, "dropout_p": 0.1}, torch.float32,
-        f"{ROWS} in torch operations up to 524288 weights of all heads in a run of a segment, beyond {BLOCKS}", ROWS,
+        f"{ROWS} up to {ELEMENTS} weights of all heads in a run of a segment, beyond {BLOCKS}",
+        ROWS,
     ),
     "softcap": ({"softcap": 3.0}, torch.bfloat16, BLOCKS, BLOCKS),
 }  # fmt: skip
