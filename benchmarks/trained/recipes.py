@@ -116,7 +116,8 @@ def _chinese() -> TaskRow:
 
 def _entities() -> TaskRow:
     folder = "{data}/ner/wnut17"
-    words = ("--train", f"{folder}/train.conll", "--dev", f"{folder}/dev.conll", "--model", "{encoder}")
+    words = ("--train", f"{folder}/train.conll", "--dev", f"{folder}/dev.conll", "--model", "{encoder}",
+             "--train.precision={precision}")  # fmt: skip
     tests = ("--data", f"{folder}/test.conll", "--train", f"{folder}/train.conll", "--baseline", "majority")
     return TaskRow(
         "wnut17",
@@ -136,7 +137,8 @@ def _questions() -> TaskRow:
         "{files}/dev.json",
         "--model",
         "{encoder}",
-        "--train.max_epochs=6",
+        "--train.max_epochs=4",
+        "--train.precision={precision}",
     )
     return TaskRow(
         "xquad",

@@ -25,7 +25,7 @@ def test_equals_the_stream_of_torch_operations(block: int, monkeypatch: pytest.M
         cols = range(col, col + drawn.choice((0, 1, 7, 8, 9, 130)))
         for p in (1e-9, 0.1, 0.5, 0.99999):
             expected = keep_mask(seed, heads, rows, cols, p).double()
-            assert torch.equal(dropout.kept_weights(seed, heads, rows, cols, p, torch.float64), expected)
+            assert torch.equal(dropout.kept_weights(seed, heads, rows, cols, p).double(), expected)
 
 
 def test_a_mask_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,14 +42,14 @@ def test_a_mask_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for col in (0, 9)
         for p in (0.1, 0.2)
     ]
-    first = [dropout.kept_weights(*call, torch.float32) for call in calls]
-    again = [dropout.kept_weights(*call, torch.float32) for call in calls]
+    first = [dropout.kept_weights(*call).float() for call in calls]
+    again = [dropout.kept_weights(*call).float() for call in calls]
     assert len(drawn) == len(calls)
     for call, one, other in zip(calls, first, again):
         assert torch.equal(one, keep_mask(*call).float())
         assert torch.equal(one, other)
         one.zero_()  # what is kept is not what was given
-    assert dropout.kept_weights(*calls[0], torch.float32).any()
+    assert dropout.kept_weights(*calls[0]).any()
 
 
 def test_masks_beyond_the_limit_are_let_go() -> None:
@@ -73,7 +73,7 @@ def test_threads_share_the_masks() -> None:
         seeds = [(number + i) % 8 for i in range(50)]
         return all(
             torch.equal(
-                dropout.kept_weights(torch.tensor([seed]), heads, rows, cols, 0.3, torch.float32),
+                dropout.kept_weights(torch.tensor([seed]), heads, rows, cols, 0.3).float(),
                 expected[seed],
             )
             for seed in seeds

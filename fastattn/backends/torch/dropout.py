@@ -71,17 +71,14 @@ class _RecentMasks:
 _recent = _RecentMasks(RECENT_BYTES)
 
 
-def kept_weights(
-    seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float, dtype: torch.dtype
-) -> Tensor:
-    """0 for a weight that is dropped, 1 for one that is kept: (*heads.shape, len(rows), len(cols)).
+def kept_weights(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: float) -> Tensor:
+    """0 for a weight that is dropped, 1 for one that is kept: (*heads.shape, len(rows), len(cols)), bytes or booleans.
 
     Args:
         seed, heads, rows, cols, dropout_p: as of `keep_mask`; real tensors.
-        dtype: of the result.
     """
     if not heads.is_cpu:
-        return keep_mask(seed, heads, rows, cols, dropout_p).to(dtype)
+        return keep_mask(seed, heads, rows, cols, dropout_p)
     threshold = keep_threshold(dropout_p)
     first, last = cols.start // KEYS_PER_CALL, cdiv(cols.stop, KEYS_PER_CALL)
     numbers = heads.flatten().numpy()
@@ -95,7 +92,7 @@ def kept_weights(
     else:
         kept = np.unpackbits(packed).reshape(shape)
     start = cols.start - first * KEYS_PER_CALL
-    return torch.from_numpy(kept[:, :, start : start + len(cols)]).unflatten(0, heads.shape).to(dtype)
+    return torch.from_numpy(kept[:, :, start : start + len(cols)]).unflatten(0, heads.shape)
 
 
 def _kept(
@@ -105,6 +102,7 @@ def _kept(
     keep = np.empty((len(heads), len(rows), len(calls) * KEYS_PER_CALL), np.bool_)
     if keep.size:
         most_rows = min(len(rows), max(BLOCK // len(calls), 1))
+        most_rows = cdiv(len(rows), cdiv(len(rows), most_rows))  # equal parts
         most_heads = max(BLOCK // (len(calls) * most_rows), 1) if most_rows == len(rows) else 1
         places = np.arange(calls.start, calls.stop, dtype=np.uint64)
         for head in range(0, len(heads), most_heads):
@@ -132,33 +130,42 @@ def _buffers(count: int, shape: tuple[int, ...]) -> list[Words]:
 def _halves(calls: Words, rows: Words, heads: Words, key: tuple[int, int]) -> NDArray[np.uint16]:
     """The 16-bit halves of Philox4x32-10 in the order of their keys, (heads, rows, 8 * calls).
 
-    Words are broadcast while they depend on some of the three coordinates only; then rounds run in place.
+    What depends on some of the three coordinates only is worked out for these, which is so of three rounds.
     """
     shape = (len(heads), len(rows), len(calls))
-    c0, c1, c2, c3 = calls, rows, heads, np.zeros_like(calls)
-    for number in range(ROUNDS):
-        k0, k1 = (np.uint64((k + number * w) & LOW32) for k, w in zip(key, WEYL))
-        if number == 3:  # every word depends on all coordinates from here on
-            *copies, product0, product1 = _buffers(6, shape)
-            for copy, word in zip(copies, (c0, c1, c2, c3)):
-                np.copyto(copy, word)
-            c0, c1, c2, c3 = copies
-        if number < 3:
-            product0, product1 = c0 * _BY[0], c2 * _BY[1]
-            c0 = product1 >> _SHIFT ^ (c1 ^ k0) & _LOW
-            c2 = product0 >> _SHIFT ^ (c3 ^ k1) & _LOW
-        else:
-            np.multiply(c0, _BY[0], out=product0)
-            np.multiply(c2, _BY[1], out=product1)
-            for word, product, other, k in ((c0, product1, c1, k0), (c2, product0, c3, k1)):
-                np.right_shift(product, _SHIFT, out=word)
-                np.bitwise_xor(other, k, out=other)
-                np.bitwise_and(other, _LOW, out=other)
-                np.bitwise_xor(word, other, out=word)
-        # a product's low word needs no mask before the next xor
+    keys = [[np.uint64((k + number * w) & LOW32) for k, w in zip(key, WEYL)] for number in range(ROUNDS)]
+    of_calls, of_heads = calls * _BY[0], heads * _BY[1]
+    of_rows = (of_heads >> _SHIFT ^ rows ^ keys[0][0]) * _BY[0]  # and of heads
+    others = (of_calls >> _SHIFT ^ keys[0][1]) * _BY[1]
+    of_both = (others >> _SHIFT ^ of_heads & _LOW ^ keys[1][0]) * _BY[0]  # of calls and heads
+    c0, c1, c2, c3, product0, product1 = _buffers(6, shape)
+    np.bitwise_xor(of_rows >> _SHIFT ^ keys[1][1], of_calls & _LOW, out=c2)
+    np.multiply(c2, _BY[1], out=c1)
+    np.right_shift(c1, _SHIFT, out=c0)
+    np.bitwise_xor(c0, others & _LOW ^ keys[2][0], out=c0)
+    np.bitwise_xor(of_both >> _SHIFT, of_rows & _LOW ^ keys[2][1], out=c2)
+    np.copyto(c3, of_both)
+    c0, c1, c2, c3, product0, product1 = (each.reshape(-1) for each in (c0, c1, c2, c3, product0, product1))
+    for k0, k1 in keys[3:]:
+        np.multiply(c0, _BY[0], out=product0)
+        np.multiply(c2, _BY[1], out=product1)
+        # A product's high word goes on at once, its low one in the next round; high words of c0 and c2 are 0.
+        for word, product, other, k in ((c0, product1, c1, k0), (c2, product0, c3, k1)):
+            np.bitwise_xor(_high(product), _low(other), out=_low(word))
+            np.bitwise_xor(word, k, out=word)
         c1, product1 = product1, c1
         c3, product0 = product0, c3
-    words = np.empty((*shape, 4), np.uint32)
+    words = np.empty((c0.size, 4), np.uint32)
     for place, word in enumerate((c0, c1, c2, c3)):
-        words[..., place] = word  # its low 32 bits
+        words[:, place] = _low(word)
     return words.view(np.uint16).reshape(*shape[:2], -1)
+
+
+def _low(words: Words) -> NDArray[np.uint32]:
+    """The low 32 bits of each, a view."""
+    return words.view(np.uint32)[::2]
+
+
+def _high(words: Words) -> NDArray[np.uint32]:
+    """The high 32 bits of each, a view."""
+    return words.view(np.uint32)[1::2]

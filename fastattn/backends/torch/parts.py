@@ -162,9 +162,8 @@ class Part:
         batch, num_heads, device = call.query.shape[0], self.query.shape[1], self.query.device
         sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device=device)
         heads = sequences[:, None] * num_heads + torch.arange(num_heads, device=device)
-        dtype = accumulation_dtype(self.query.dtype)
-        kept = kept_weights(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p, dtype)
-        return kept.mul_(keep_scale(call.dropout_p))
+        kept = kept_weights(call.dropout_seed, self.of(heads), tile.rows, tile.cols, call.dropout_p)
+        return kept.to(accumulation_dtype(self.query.dtype)).mul_(keep_scale(call.dropout_p))
 
 
 def parts(call: AttentionCall, first_sequence: int = 0) -> Iterator[Part]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, NARROW_FUSED_BWD_MIN_KEYS
 from fastattn.backends.torch.dropout import kept_weights
-from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity
+from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity, shared
 from fastattn.integers import cdiv
 from fastattn.philox import keep_scale
 from fastattn.spec import AttentionCall, AttentionSpec, VarlenCall, accumulation_dtype
@@ -56,7 +56,7 @@ class Sequences:
         shortest first."""
         return _groups(tuple(self.bounds), self.call.causal, self.query.shape[1], fewer_keys)
 
-    def keep(self, numbers: Sequence[int], rows: int, cols: int, dtype: torch.dtype) -> Tensor | None:
+    def keep(self, numbers: Sequence[int], rows: int, cols: int) -> Tensor | None:
         """1 for the weights of some sequences that dropout keeps, else 0, (n, H, rows, cols); None without dropout."""
         call, num_heads = self.call, self.query.shape[1]
         if call.dropout_seed is None:
@@ -67,7 +67,7 @@ class Sequences:
             heads = torch.tensor(sequences)[:, None] * num_heads + torch.arange(num_heads)
             of_rows, of_cols = range(first, first + rows), range(first, first + cols)
             assert call.dropout_seed is not None
-            return kept_weights(call.dropout_seed, heads, of_rows, of_cols, call.dropout_p, dtype)
+            return kept_weights(call.dropout_seed, heads, of_rows, of_cols, call.dropout_p)
 
         if all(first == 0 for _, first in streams):
             return drawn([sequence for sequence, _ in streams], 0)
@@ -177,8 +177,9 @@ def _matrices(given: Sequences, group: Group) -> Matrices:
     num_cols = group.cols.tokens.shape[1]
     key, value = (group.cols.padded(t, dtype).flatten(0, 1) for t in (given.key, given.value))
     hidden = None if group.hidden is None else minus_infinity(group.hidden, dtype)[:, None]
-    keep = given.keep(group.numbers, num_rows, num_cols, dtype)
-    keep = None if keep is None else keep.view(count * num_kv_heads, -1, num_cols)
+    keep = given.keep(group.numbers, num_rows, num_cols)
+    if keep is not None:
+        keep = shared("keep", keep.shape, dtype).copy_(keep).view(count * num_kv_heads, -1, num_cols)
     query = _rows(given, group, given.query)
     heads = count, num_heads
     return Matrices(query, key, value, call.scale, heads, hidden, keep, keep_scale(call.dropout_p))

@@ -7,7 +7,8 @@ sequence: rows are queries of its group, and of the scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,45 @@ from fastattn.strides import empty_in_order
 ELEMENTS = 2**19
 
 
-def product(a: Tensor, b: Tensor, scale: float = 1.0, start: Tensor | None = None) -> Tensor:
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_of_thread = _OfThread()
+
+
+def shared(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of this thread, in the same memory each time: new pages would cost more than a product.
+
+    It holds until the name is asked for again. What is asked for has about `ELEMENTS` elements at most.
+    """
+    memory = _of_thread.memory
+    size = math.prod(shape)
+    flat = memory.get((name, dtype))
+    if flat is None or flat.numel() < size:
+        with torch.inference_mode(False):  # or it could be written in that mode only
+            flat = memory[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
+    return flat[:size].view(shape)
+
+
+def product(
+    a: Tensor, b: Tensor, scale: float = 1.0, start: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """start + scale * the products of matrices; a single one is given twice, as a batch of one uses other code.
 
     Args:
         a, b: (m, rows, n) and (m, n, columns).
         start: broadcastable to (m, rows, columns); None = 0.
+        out: (m, rows, columns), where several go; None = a new tensor.
     """
     if a.shape[0] == 1:
         return product(a.expand(2, -1, -1), b.expand(2, -1, -1), scale, start)[:1]
     if start is not None:
-        return torch.baddbmm(start, a, b, alpha=scale)
-    return torch.bmm(a, b) if scale == 1.0 else torch.baddbmm(a[:1, :1, :1], a, b, beta=0, alpha=scale)
+        return torch.baddbmm(start, a, b, alpha=scale, out=out)
+    if scale == 1.0:
+        return torch.bmm(a, b, out=out)
+    return torch.baddbmm(a[:1, :1, :1], a, b, beta=0, alpha=scale, out=out)
 
 
 @dataclass(frozen=True)
@@ -64,11 +92,16 @@ class Matrices:
     keep_scale: float = 1.0
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The scores, -inf where a row does not see a key, and their softmax, (m, R, Sk)."""
-        scores = product(self.query, self.key.mT, self.scale)
+        """The scores, -inf where a row does not see a key, and their softmax, (m, R, Sk), in memory of `shared`."""
+        scores = product(self.query, self.key.mT, self.scale, out=self._shared("scores"))
         if self.hidden is not None:
             scores.view(*self.heads, -1, scores.shape[2]).add_(self.hidden)
-        return scores, torch.softmax(scores, -1)
+        probs = self._shared("weights")
+        torch_compat.softmax(probs, scores, -1, log=False)
+        return scores, probs
+
+    def _shared(self, name: str) -> Tensor:
+        return shared(name, (*self.query.shape[:2], self.key.shape[1]), self.query.dtype)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(out (m, R, Dv), lse (m, R))."""
@@ -81,14 +114,15 @@ class Matrices:
     def backward(self, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of gradients (m, R, Dv) and (m, R, 1). The weights come from the scores anew, and so sum to
         1."""
-        _, probs = self.weights()
-        dprobs = product(dout, self.value.mT, self.scale * self.keep_scale)
+        free, probs = self.weights()  # scores are not needed again
+        dprobs = product(dout, self.value.mT, self.scale * self.keep_scale, out=self._shared("gradients"))
         weights = probs
         if self.keep is not None:
-            weights = probs * self.keep
+            weights = torch.mul(probs, self.keep, out=free)
             dprobs.mul_(self.keep)
         dv = product(weights.mT, dout, self.keep_scale)
-        dscores = torch_compat.softmax_gradient(dprobs, probs)  # times scale
+        dscores = free
+        torch_compat.softmax_backward(dscores, dprobs, probs, -1, log=False)  # times scale
         if dlse is not None:
             dscores.addcmul_(probs, dlse, value=self.scale)
         return product(dscores, self.key), product(dscores.mT, self.query), dv
@@ -199,9 +233,9 @@ class _Heads:
         sequences = torch.arange(self.first_sequence, self.first_sequence + batch)[self.batch, None]
         heads = (sequences * num_heads + torch.arange(num_heads)[self.query_heads]).flatten()
         rows, cols = range(seqlen_q), range(call.key.shape[2])
-        dtype = accumulation_dtype(call.query.dtype)
-        keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p, dtype)
-        return keep.view(-1, call.group_size * seqlen_q, len(cols))
+        keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p)
+        floats = shared("keep", keep.shape, accumulation_dtype(call.query.dtype)).copy_(keep)
+        return floats.view(-1, call.group_size * seqlen_q, len(cols))
 
 
 def _some_heads(call: AttentionCall, first_sequence: int) -> Iterator[_Heads]:
