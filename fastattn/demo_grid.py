@@ -124,7 +124,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, grad: bool = True) -> Tensor:
-        tensor = torch.randn(*shape, generator=generator).to(device, dtype)
+        tensor = torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
         return tensor.requires_grad_(grad)
 
     batch, heads, length, dim = case.batch, case.heads, case.length, case.head_dim

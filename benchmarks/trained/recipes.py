@@ -137,7 +137,7 @@ def _questions() -> TaskRow:
         "{files}/dev.json",
         "--model",
         "{encoder}",
-        "--train.max_epochs=4",
+        "--train.max_epochs=6",
         "--train.precision={precision}",
     )
     return TaskRow(

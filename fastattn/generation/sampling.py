@@ -119,9 +119,11 @@ class Draws:
 
     def __init__(self, streams: Sequence[tuple[int, int]], device: torch.device) -> None:
         seeds = [seed % 2**64 for seed, _ in streams]
-        low, high = (torch.tensor([s >> n & 0xFFFFFFFF for s in seeds])[:, None] for n in (0, 32))
+        low, high = (
+            torch.tensor([s >> n & 0xFFFFFFFF for s in seeds], device="cpu")[:, None] for n in (0, 32)
+        )
         self.key = low, high
-        self.index = torch.tensor([index for _, index in streams])[:, None]
+        self.index = torch.tensor([index for _, index in streams], device="cpu")[:, None]
         self.device = device
         self.numbers = torch.empty(
             len(streams), 0, dtype=torch.float64, device=device
@@ -138,7 +140,7 @@ class Draws:
 
     def _more(self) -> Tensor:
         first = self.numbers.shape[1] // 2  # a call of Philox makes two numbers
-        calls = torch.arange(first, first + POSITIONS // 2)[None]
+        calls = torch.arange(first, first + POSITIONS // 2, device="cpu")[None]
         zero = torch.zeros_like(calls)
         words = torch.broadcast_tensors(*philox_4x32((calls, self.index, zero, zero + _SAMPLING), self.key))
         high, low = torch.stack(words[::2], -1) >> 5, torch.stack(words[1::2], -1) >> 6  # 27 and 26 bits

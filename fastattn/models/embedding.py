@@ -298,8 +298,8 @@ def _optional(path: Path) -> dict[str, Any]:
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
     """Ids (B, S) and their mask, None where all are of one length."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device="cpu")
     if all(len(row) == longest for row in rows):
         return ids, None
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(longest) < lengths[:, None]
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    return ids, torch.arange(longest, device="cpu") < lengths[:, None]

@@ -228,7 +228,7 @@ def _random_ids(config: Any) -> Tensor:
         raise ValueError("merge: needs an example of what the model takes, as it has no vocabulary")
     longest = min(getattr(config, name, _SAMPLE[1]) for name in ("n_positions", "max_position_embeddings"))
     shape = (_SAMPLE[0], max(1, min(_SAMPLE[1], longest - getattr(config, "position_offset", 0))))
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _outputs(result: Any) -> Tensor:

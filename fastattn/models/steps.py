@@ -235,7 +235,7 @@ class GPTDecoder:
     def _last_of_packed(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Read prompts (N, S) as their T tokens, one prompt behind the other; the hidden state (N, E) at their ends."""
         seqlen = ids.shape[1]
-        rows, places = (torch.arange(seqlen) < lengths[:, None]).nonzero(as_tuple=True)  # (T,)
+        rows, places = (torch.arange(seqlen, device="cpu") < lengths[:, None]).nonzero(as_tuple=True)  # (T,)
         ends = lengths.cumsum(0)
         bounds = F.pad(ends, (1, 0)).int()
         tables = {kind: self._table(kind, places, lengths[rows]) for kind in self.rotary}
@@ -291,7 +291,7 @@ class GPTDecoder:
     def _appending(self, lengths: Tensor) -> Attend:
         """The attention of a token behind each sequence."""
         if self.in_blocks:
-            table = torch.arange(len(lengths))[:, None]  # a page for each sequence
+            table = torch.arange(len(lengths), device="cpu")[:, None]  # a page for each sequence
             return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
 
         def append(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

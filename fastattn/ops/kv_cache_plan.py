@@ -63,7 +63,10 @@ def check_values(call: KVCacheCall) -> None:
             )
     if call.block_table is not None:
         page, pages = call.k_cache.shape[2], call.k_cache.shape[0]
-        used = torch.arange(call.block_table.shape[1]) * page < (call.cache_lengths + call.new_keys)[:, None]
+        used = (
+            torch.arange(call.block_table.shape[1], device="cpu") * page
+            < (call.cache_lengths + call.new_keys)[:, None]
+        )
         blocks = call.block_table[used]
         if blocks.numel():
             lowest, highest = (int(n) for n in torch.aminmax(blocks))
@@ -79,7 +82,7 @@ def _check_pages_written(call: KVCacheCall, blocks: Tensor, used: Tensor) -> Non
     """A page that is appended to may have one place in the tables: another would read or write what is new there."""
     assert call.block_table is not None
     first_written = call.cache_lengths[:, None] // call.k_cache.shape[2]
-    written = call.block_table[used & (torch.arange(used.shape[1]) >= first_written)]
+    written = call.block_table[used & (torch.arange(used.shape[1], device="cpu") >= first_written)]
     shared = torch.bincount(blocks, minlength=1)[written] > 1
     if shared.any():
         page = int(written[shared][0])

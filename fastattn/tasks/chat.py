@@ -193,7 +193,7 @@ def check_ends(data: Any, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
         DataError: says whether the template does not write the token, or the token is outside of the labels.
     """
     written = False
-    wanted = torch.tensor(list(ends))
+    wanted = torch.tensor(list(ends), device="cpu")
     for i in range(len(data)):
         row = data[i]
         if bool(torch.isin(next_targets(row["labels"][None]), wanted).any()):
@@ -246,7 +246,7 @@ def evaluate(
     return Report(
         metrics={
             "loss": loss,
-            "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+            "perplexity": float(torch.tensor(loss, dtype=torch.float64, device="cpu").exp()),
             "accuracy": right / count,
             "end_accuracy": ended / turns if turns else float("nan"),
         },

@@ -290,7 +290,7 @@ def teacher_logits(
     if sorted(theirs) != sorted(labels):
         odd = sorted(set(theirs) ^ set(labels))
         raise DataError(f"--teacher: its labels differ from the data's, as {odd[0]!r}")
-    order = torch.tensor([theirs.index(label) for label in labels])
+    order = torch.tensor([theirs.index(label) for label in labels], device="cpu")
     texts = [e.text if e.text_pair is None else (e.text, e.text_pair) for e in examples]
     rows = tokenizer.encode(texts, max_tokens(teacher, tokenizer))
     return run(teacher, rows, BATCH_SIZE, lambda out, i, _: out.logits[i].float().cpu()[order].tolist())

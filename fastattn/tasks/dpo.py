@@ -205,7 +205,7 @@ class Preferences:
     def collate(self, items: Sequence[tuple[Pair, float]]) -> dict[str, Tensor]:
         """input_ids, targets and segment_ids (R, S), and labels (B,): see `PreferenceGPT.forward`."""
         batch = packed([pair for pair, _ in items], self.length, self.pad_id)
-        batch["labels"] = torch.tensor([start for _, start in items], dtype=torch.float32)
+        batch["labels"] = torch.tensor([start for _, start in items], dtype=torch.float32, device="cpu")
         return batch
 
 
@@ -216,14 +216,14 @@ def packed(pairs: Sequence[Pair], length: int, pad_id: int) -> dict[str, Tensor]
     placed, begins = best_fit([len(ids) for ids in sequences], length)
     rows = [placed[a:b].tolist() for a, b in pairwise(begins)]
     width = max(sum(len(sequences[i]) for i in row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
+    ids = torch.full((len(rows), width), pad_id, device="cpu")
     targets = torch.full_like(ids, IGNORE_INDEX)
     segments = torch.full_like(ids, PADDING_SEGMENT)
     for number, row in enumerate(rows):
         at = 0
         for i in row:
             end = at + len(sequences[i])
-            ids[number, at:end] = torch.tensor(sequences[i])
+            ids[number, at:end] = torch.tensor(sequences[i], device="cpu")
             targets[number, at + prompts[i] : end] = ids[number, at + prompts[i] : end]
             segments[number, at:end] = i
             at = end

@@ -188,13 +188,13 @@ class Pairs:
     def collate(self, items: Sequence[tuple[list[Any], list[int]]]) -> Batch:
         """All anchors, then all positives, then all first negatives and so on, with labels and `same`."""
         rows = [row for column in zip(*(rows for rows, _ in items)) for row in column]
-        texts = torch.tensor([texts for _, texts in items]).T  # (2 + k, N)
+        texts = torch.tensor([texts for _, texts in items], device="cpu").T  # (2 + k, N)
         count = len(items)
         batch = padded([row[0] for row in rows], self.pad_id, [row[1] for row in rows], typed=self.typed)
         candidates = texts[1:].flatten()  # ((1 + k) N,)
         same = candidates[:count, None] == candidates[None]
-        same[torch.arange(count), torch.arange(count)] = False
-        return {**batch, "labels": torch.arange(count), "same": same}
+        same[torch.arange(count, device="cpu"), torch.arange(count, device="cpu")] = False
+        return {**batch, "labels": torch.arange(count, device="cpu"), "same": same}
 
 
 def new_model(
@@ -272,7 +272,7 @@ def evaluate(
     ranks = []
     for start in range(0, len(examples), 1024):
         scores = F.normalize(first[start : start + 1024], dim=-1) @ matrix.T
-        own = torch.tensor([place[e.positive] for e in examples[start : start + 1024]])
+        own = torch.tensor([place[e.positive] for e in examples[start : start + 1024]], device="cpu")
         mine = scores.gather(1, own[:, None])
         ranks += ((scores > mine).sum(1) + 1).tolist()
     metrics = {

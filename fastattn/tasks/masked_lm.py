@@ -139,7 +139,7 @@ class Passages:
         ids = batch["input_ids"]
         words = torch.full_like(ids, -1)
         for row, item in enumerate(items):
-            words[row, : len(item.words)] = torch.tensor(item.words)
+            words[row, : len(item.words)] = torch.tensor(item.words, device="cpu")
         masked, labels = mask_tokens(
             ids,
             words,
@@ -150,7 +150,7 @@ class Passages:
         )
         batch.update(input_ids=masked, labels=labels)
         if items[0].follows is not None:
-            batch["next_sentence_label"] = torch.tensor([item.follows for item in items])
+            batch["next_sentence_label"] = torch.tensor([item.follows for item in items], device="cpu")
         return batch
 
 
@@ -164,15 +164,15 @@ def mask_tokens(
     """
     may = words >= 0
     if whole_words:  # a number for each word
-        drawn = torch.rand(ids.shape[0], int(words.max()) + 2).gather(1, words + 1)
+        drawn = torch.rand(ids.shape[0], int(words.max()) + 2, device="cpu").gather(1, words + 1)
     else:
-        drawn = torch.rand(ids.shape)
+        drawn = torch.rand(ids.shape, device="cpu")
     drawn = drawn.masked_fill(~may, 2.0)
     least = drawn.amin(1, keepdim=True)
     chosen = may & ((drawn < share) | (drawn == least))
     labels = ids.masked_fill(~chosen, IGNORE_INDEX)
-    fate = torch.rand(ids.shape)
-    others = torch.randint(vocab_size, ids.shape)
+    fate = torch.rand(ids.shape, device="cpu")
+    others = torch.randint(vocab_size, ids.shape, device="cpu")
     masked = torch.where(chosen & (fate < MASKED), mask_id, ids)
     masked = torch.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), others, masked)
     return masked, labels

@@ -126,10 +126,10 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[tuple[torch
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = [windows[i] for i in order[start : start + batch_size]]
-        ids = torch.zeros(len(chosen), len(chosen[0].ids), dtype=torch.int64)
+        ids = torch.zeros(len(chosen), len(chosen[0].ids), dtype=torch.int64, device="cpu")
         labels = torch.full_like(ids, IGNORE_INDEX)
         for row, window in enumerate(chosen):
-            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            ids[row, : len(window.ids)] = torch.tensor(window.ids, device="cpu")
             labels[row, window.scored : len(window.ids)] = ids[row, window.scored : len(window.ids)]
         yield ids, labels
 

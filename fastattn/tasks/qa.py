@@ -241,7 +241,7 @@ def decode(
     has 1 to `max_answer_tokens` tokens.
     """
     logits = wide(torch.stack((start, end))).cpu()
-    inside = torch.tensor([sequence == CONTEXT for sequence in row.sequences])
+    inside = torch.tensor([sequence == CONTEXT for sequence in row.sequences], device="cpu")
     first = torch.zeros_like(inside)
     first[0] = True
     first_p, last_p = logits.masked_fill(~(inside | first), -torch.inf).softmax(-1)

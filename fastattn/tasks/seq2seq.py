@@ -212,7 +212,9 @@ class Pairs:
         rows = [row for row, _ in items]
         batch = padded([r.ids for r in rows], self.pad_id, [r.types for r in rows], typed=self.typed)
         longest = max(len(target) for _, target in items)
-        batch["labels"] = torch.tensor([[*t, *[IGNORE_INDEX] * (longest - len(t))] for _, t in items])
+        batch["labels"] = torch.tensor(
+            [[*t, *[IGNORE_INDEX] * (longest - len(t))] for _, t in items], device="cpu"
+        )
         return batch
 
 

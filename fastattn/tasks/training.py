@@ -83,19 +83,19 @@ class Encoded:
         )
         batch["labels"] = self.label_tensor([item[2] for item in items], batch["input_ids"].shape[1])
         for name in items[0][3]:
-            batch[name] = torch.tensor([item[3][name] for item in items])
+            batch[name] = torch.tensor([item[3][name] for item in items], device="cpu")
         return batch
 
     def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
         """The labels of a batch."""
-        return torch.tensor(labels)
+        return torch.tensor(labels, device="cpu")
 
 
 class EncodedTokens(Encoded):
     """The same with a label for each token, -100 after the last."""
 
     def label_tensor(self, labels: Sequence[Any], longest: int) -> Tensor:
-        return torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for row in labels])
+        return torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for row in labels], device="cpu")
 
 
 def padded(
@@ -103,13 +103,15 @@ def padded(
 ) -> Batch:
     """input_ids (B, S), attention_mask (B, S) bool, and token_type_ids (B, S) if `typed`."""
     longest = max(map(len, rows))
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
     batch = {
-        "input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows]),
-        "attention_mask": torch.arange(longest) < lengths[:, None],
+        "input_ids": torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], device="cpu"),
+        "attention_mask": torch.arange(longest, device="cpu") < lengths[:, None],
     }
     if typed and types is not None:
-        batch["token_type_ids"] = torch.tensor([[*row, *[0] * (longest - len(row))] for row in types])
+        batch["token_type_ids"] = torch.tensor(
+            [[*row, *[0] * (longest - len(row))] for row in types], device="cpu"
+        )
     return batch
 
 

@@ -122,7 +122,7 @@ def has_packed_linear(dtype: torch.dtype) -> bool:
     if not _HAS_ONEDNN or _reorder_linear is None or dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
-        weight = torch.ones(32, 32, dtype=dtype)
+        weight = torch.ones(32, 32, dtype=dtype, device="cpu")
         out = packed_linear(weight, pack_linear(weight), None)
     except RuntimeError:
         return False
@@ -163,8 +163,11 @@ def has_int8_linear() -> bool:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     try:
-        weight = torch.full((32, 32), -127, dtype=torch.int8)
-        out = int8_linear(torch.full((1, 32), 3.0), pack_int8_linear(weight, torch.full((32,), 0.5)))
+        weight = torch.full((32, 32), -127, dtype=torch.int8, device="cpu")
+        out = int8_linear(
+            torch.full((1, 32), 3.0, device="cpu"),
+            pack_int8_linear(weight, torch.full((32,), 0.5, device="cpu")),
+        )
     except RuntimeError:
         return False
     return bool((out == -127 * 0.5 * 3 * 32).all())
@@ -196,7 +199,7 @@ def pack_int8_linear(weight: Tensor, scale: Tensor) -> Any:
 
     Fallback: none is needed, `has_int8_linear` says so.
     """
-    zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int64, device="cpu")
     # FBGEMM packs for the engine that is set; "x86", the usual one, may pack for oneDNN
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"

@@ -128,15 +128,15 @@ def _guard_sees_all() -> bool:
     """Whether torch's guard tells tensors apart by everything that a plan depends on."""
     if _TensorGuards is None:
         return False
-    one = torch.zeros(2, 3)
-    others = [one.mT, one[:, :2], one.double(), torch.zeros(2, 3, requires_grad=True), Parameter(one, False),
-              torch.zeros(3, 2).mT, one.to("meta"), torch._neg_view(one)]  # fmt: skip
+    one = torch.zeros(2, 3, device="cpu")
+    others = [one.mT, one[:, :2], one.double(), torch.zeros_like(one, requires_grad=True), Parameter(one, False),
+              torch.zeros(3, 2, device="cpu").mT, one.to("meta"), torch._neg_view(one)]  # fmt: skip
     try:
         check = _guard_of([one])
         if not check(one.clone()) or any(check(other) for other in others):
             return False
         with torch.inference_mode():
-            return not check(one) and not check(torch.zeros(2, 3))
+            return not check(one) and not check(torch.zeros(2, 3, device="cpu"))
     except (AttributeError, TypeError, RuntimeError):
         return False
 
@@ -246,7 +246,7 @@ def dual_level_entered() -> bool:
 
 
 def _can_make_dual() -> bool:
-    one = torch.ones(())
+    one = torch.ones((), device="cpu")
     try:
         forward_ad.make_dual(one, one)
     except RuntimeError:  # no level

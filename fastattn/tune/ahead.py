@@ -63,7 +63,7 @@ def launch_of(work: Work, tile: Tile) -> Any:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     blocks = None
     if call.query_segments is not None:
-        blocks = torch.empty(query.shape[0], 4, 4, dtype=torch.int32)
+        blocks = torch.empty(query.shape[0], 4, 4, dtype=torch.int32, device="cpu")
     if work.kernel == "forward":
         spec = AttentionSpec.of(call)
         return launches.forward_launch(spec, call, out, lse, blocks, tile, packing)

@@ -56,8 +56,8 @@ class Work:
 
     def spec(self, arch: int) -> AttentionSpec:
         """The spec of such calls on a device of compute capability arch / 10."""
-        query = torch.empty(1, 1, 16, self.head_dim, dtype=DTYPES[self.dtype])
-        value = torch.empty(1, 1, 16, self.value_dim, dtype=DTYPES[self.dtype])
+        query = torch.empty(1, 1, 16, self.head_dim, dtype=DTYPES[self.dtype], device="cpu")
+        value = torch.empty(1, 1, 16, self.value_dim, dtype=DTYPES[self.dtype], device="cpu")
         needs = None if self.kernel == "forward" else GradsNeeded(bias="bias" in self.features)
         spec = AttentionSpec.of(AttentionCall(query, query, value), needs)
         has = self.features.__contains__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -179,3 +180,33 @@ def test_another_sequence_changes_no_bit(kind: str, dropout_p: float, dtype: tor
 
     for together, alone in zip(run(slice(0, 3)), run(slice(0, 1))):
         assert torch.equal(together[:1], alone)
+
+
+def test_threads_and_modes_share_nothing() -> None:
+    """Scores lie in memory that a thread uses again, first written in inference mode here."""
+    many = [[t * (1 + 0.1 * i) for t in operands(2)] for i in range(8)]
+    expected = [results(fastattn.attention, tensors, causal=True, backend="torch") for tensors in many]
+
+    def run(number: int) -> bool:
+        with torch.inference_mode():
+            fastattn.attention(*many[number][:3], dropout_p=0.2, dropout_seed=7, backend="torch")
+        order = [(number + i) % len(many) for i in range(2 * len(many))]
+        found = ((i, results(fastattn.attention, many[i], causal=True, backend="torch")) for i in order)
+        return all(torch.equal(value, expected[i][name]) for i, of in found for name, value in of.items())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(len(many))))
+
+
+def test_memory_is_used_again() -> None:
+    """Of a kind there is one tensor in a thread, as large as the largest that was asked for."""
+    with ThreadPoolExecutor(1) as pool:  # a thread that has none
+
+        def addresses() -> list[int]:
+            asked = [(2, 3), (4, 8), (3, 5), (4, 8)]
+            return [whole_rows.shared("scores", shape, torch.float32).data_ptr() for shape in asked]
+
+        first, *rest = pool.submit(addresses).result()
+        assert len(set(rest)) == 1
+        other = pool.submit(lambda: whole_rows.shared("weights", (4, 8), torch.float32).data_ptr()).result()
+    assert other not in (first, rest[0])

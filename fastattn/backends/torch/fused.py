@@ -20,7 +20,7 @@ FOLDED_MAX_DIM = 128  # head dims from which more rows take the kernel longer th
 FEW_ROWS = 64  # row statistics of at most so many rows are checked in Python, without an operation
 # the integers of a dtype's size, and the one with the bits of -inf
 _MINUS_INFINITY = {
-    dtype: (integer, int(torch.tensor(-torch.inf, dtype=dtype).view(integer)))
+    dtype: (integer, int(torch.tensor(-torch.inf, dtype=dtype, device="cpu").view(integer)))
     for dtype, integer in (
         (torch.float64, torch.int64), (torch.float32, torch.int32), (torch.bfloat16, torch.int16),
         (torch.float16, torch.int16),

@@ -64,7 +64,9 @@ class Sequences:
         streams = [(number, 0) if self.streams is None else self.streams[number] for number in numbers]
 
         def drawn(sequences: Sequence[int], first: int) -> Tensor:
-            heads = torch.tensor(sequences)[:, None] * num_heads + torch.arange(num_heads)
+            heads = torch.tensor(sequences, device="cpu")[:, None] * num_heads + torch.arange(
+                num_heads, device="cpu"
+            )
             of_rows, of_cols = range(first, first + rows), range(first, first + cols)
             assert call.dropout_seed is not None
             return kept_weights(call.dropout_seed, heads, of_rows, of_cols, call.dropout_p)
@@ -155,13 +157,13 @@ def _group(causal: str, bounds: Bounds, numbers: list[int], rows: int, cols: int
         distance = distances((0, rows), (0, cols), 0, None)[None]
         if causal == "bottom_right":
             more = [(k[1] - k[0]) - (q[1] - q[0]) for q, k in (bounds[number] for number in numbers)]
-            distance = distance + torch.tensor(more)[:, None, None]
+            distance = distance + torch.tensor(more, device="cpu")[:, None, None]
         hidden = distance < 0 if hidden is None else hidden | (distance < 0)
     return Group(numbers, of_rows, of_cols, hidden)
 
 
 def _places(bounds: Sequence[tuple[int, int]], length: int) -> Places:
-    edges, places = torch.tensor(bounds), torch.arange(length)
+    edges, places = torch.tensor(bounds, device="cpu"), torch.arange(length, device="cpu")
     inside = places < edges[:, 1:] - edges[:, :1]
     tokens = edges[:, :1] + places * inside
     if bool(inside.all()):

@@ -28,7 +28,7 @@ MOST_SCORES = 2**22  # of one sequence with several queries, whose scores are al
 # head dim from which MKL reads long float32 keys faster as the first operand, except on processors of its maker
 KEYS_FIRST_MIN_DIM = 128
 # the operand of baddbmm that a beta of 0 leaves unread
-_NOTHING = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_NOTHING = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 def can_run(spec: AttentionSpec) -> bool:

@@ -135,7 +135,7 @@ def masked_fwd_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool) -
     folded_shape = (batch, num_kv_heads, num_heads // num_kv_heads, dim)
     per_head = None if mask.shape[1] == 1 else (mask.shape[0], *folded_shape[1:3], mask.shape[3])
     strides = strides_in_order(call.query.stride(), shape)
-    flash, zero = torch_compat.cpu_flash_kernel(), torch.zeros((), dtype=spec.dtype)
+    flash, zero = torch_compat.cpu_flash_kernel(), torch.zeros((), dtype=spec.dtype, device="cpu")
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
         additive = torch.where(mask, zero, -torch.inf)

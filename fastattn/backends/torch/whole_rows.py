@@ -230,8 +230,10 @@ class _Heads:
         if call.dropout_seed is None:
             return None
         batch, num_heads, seqlen_q, _ = call.query.shape
-        sequences = torch.arange(self.first_sequence, self.first_sequence + batch)[self.batch, None]
-        heads = (sequences * num_heads + torch.arange(num_heads)[self.query_heads]).flatten()
+        sequences = torch.arange(self.first_sequence, self.first_sequence + batch, device="cpu")[
+            self.batch, None
+        ]
+        heads = (sequences * num_heads + torch.arange(num_heads, device="cpu")[self.query_heads]).flatten()
         rows, cols = range(seqlen_q), range(call.key.shape[2])
         keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p)
         floats = shared("keep", keep.shape, accumulation_dtype(call.query.dtype)).copy_(keep)

@@ -340,7 +340,7 @@ def _finite(tensor: Tensor) -> bool:
 def _initialised(name: str, model: nn.Module, config: Any, dtype: torch.dtype | None) -> Tensor:
     """Values for a parameter that the file does not have."""
     like = model.state_dict(keep_vars=True)[name]
-    out = torch.empty(like.shape, dtype=dtype or like.dtype)
+    out = torch.empty(like.shape, dtype=dtype or like.dtype, device="cpu")
     if name.endswith("bias"):
         return out.zero_()
     if out.dim() < 2:

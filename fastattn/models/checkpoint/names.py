@@ -167,7 +167,7 @@ def join(pieces: Sequence[Tensor], part: Part, dtype: torch.dtype | None = None)
         return whole
     rows = [piece.shape[0] if piece.dim() else 1 for piece in pieces]
     shape = (sum(rows), *pieces[0].shape[1:]) if pieces[0].dim() else ()
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     if len(pieces) == 1:
         return out.copy_(pieces[0])
     for rows_of, piece in zip(out.split(rows), pieces):

@@ -68,8 +68,8 @@ class LogitBias:
     """Adds a number to the logits of some tokens; a `LogitsProcessor`."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
-        self.tokens = torch.tensor(list(bias), dtype=torch.int64)
-        self.numbers = torch.tensor(list(bias.values()))
+        self.tokens = torch.tensor(list(bias), dtype=torch.int64, device="cpu")
+        self.numbers = torch.tensor(list(bias.values()), device="cpu")
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
@@ -138,7 +138,7 @@ class Request:
         if settled.seed is None:
             settled = replace(settled, seed=secrets.randbits(63))
         self.settled = settled
-        prompt = torch.tensor([list(self.behind)])
+        prompt = torch.tensor([list(self.behind)], device="cpu")
         device = next(model.parameters()).device  # type: ignore[attr-defined]
         self.sequences = [Continuation(self, copy, model, prompt.to(device)) for copy in range(self.copies)]
         self.unfinished = self.copies

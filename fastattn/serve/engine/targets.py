@@ -175,10 +175,10 @@ class TargetEngine(Worker):
     def _run(self, chosen: list[Request]) -> None:
         """Generate the targets of these sources."""
         longest = max(len(request.prompt) for request in chosen)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        mask = torch.zeros(len(chosen), longest, dtype=torch.bool)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(len(chosen), longest, dtype=torch.bool, device="cpu")
         for row, request in enumerate(chosen):
-            ids[row, : len(request.prompt)] = torch.tensor(list(request.prompt))
+            ids[row, : len(request.prompt)] = torch.tensor(list(request.prompt), device="cpu")
             mask[row, : len(request.prompt)] = True
         target, start = self.model.continuation(ids.to(self.device), mask.to(self.device))
         copies = [each for request in chosen for each in request.sequences]
