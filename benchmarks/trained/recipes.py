@@ -230,7 +230,8 @@ def _pretrained(share: str) -> Step:
     return train(
         "language model", "causal-lm", "--train", "{files}/text.txt", *GPT, "--task.max_length=256",
         "--train.batch_size=16", "--train.lr=2e-3", "--train.max_epochs=4", _seconds(share),
-        "--data.dev_fraction=0.02", "--train.save_every=1000000", out="lm", preset="decoder",
+        "--data.dev_fraction=0.02", "--train.save_every=1000000", "--train.precision={precision}",
+        out="lm", preset="decoder",
     )  # fmt: skip
 
 
@@ -239,6 +240,7 @@ def _chatting(share: str) -> Step:
         "chat", "chat", "--train", "{files}/chats-train.jsonl", "--dev", "{files}/chats-dev.jsonl",
         "--model", "{out}/lm",
         "--task.max_length=256", "--train.lr=5e-4", "--train.max_epochs=3", _seconds(share),
+        "--train.precision={precision}",
     )  # fmt: skip
 
 
@@ -270,7 +272,7 @@ def _preferences() -> TaskRow:
     tuned = train(
         "dpo", "dpo", "--train", "{files}/preferences-train.jsonl", "--dev", "{files}/preferences-dev.jsonl",
         "--model", "{out}/chat", "--task.max_length=256", "--train.lr=5e-5", "--train.max_epochs=2",
-        "--train.max_seconds={seconds:0.25}",
+        "--train.max_seconds={seconds:0.25}", "--train.precision={precision}",
     )  # fmt: skip
     return TaskRow(
         "dpo",
