@@ -49,9 +49,19 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that would run each pass of a call, its tiles, and why each preferred one would not run it.
+    """The backend that would run each pass of a call, its tiles, and the reasons of those that would not run it.
 
     `print` writes it as plain lines, `rich.print` as a table, `to_dict` gives plain types.
+
+    Attributes:
+        backend: "cuda", "triton" or "torch", for the forward pass.
+        tiles: its launch parameters in a line, None where it has none.
+        refusals: (backend, reason) of each that would not run it, in order of preference.
+        spec: the properties of the call that backends decide on.
+        backward, backward_tiles, backward_refusals: the same of the backward pass; None and () where no input requires
+            grad or the forward pass makes the gradients.
+        weights, weights_refusals: the same of the weights that `return_weights` asks for.
+        weights_backward, weights_backward_refusals: the same of their gradients.
     """
 
     backend: str
@@ -67,7 +77,7 @@ class Explanation:
     weights_backward_refusals: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain types, for JSON."""
+        """The fields as plain types, for JSON; refusals as a dict from backend to reason."""
         spec = {name: str(v) if name == "dtype" else v for name, v in asdict(self.spec).items()}
         return {
             "backend": self.backend,

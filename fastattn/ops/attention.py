@@ -91,42 +91,46 @@ def attention(
     """softmax(softcap(scale * query @ key.T) + alibi + bias, masked) @ value, fused.
 
     Args:
-        query: (B, H, Sq, D), float16, bfloat16, float32 or float64; any strides. D and Dv are at most 256.
-        key: (B, Hkv, Sk, D); Hkv divides H, query head h reads key/value head h // (H // Hkv).
-        value: (B, Hkv, Sk, Dv).
-        causal: True lets query i see keys j <= i + Sk - Sq (bottom right); "top_left" keys j <= i.
+        query: (B, H, Sq, D), float16, bfloat16, float32 or float64; any strides. D and Dv are at most 256. Under
+            autocast query, key and value are cast to its dtype, float64 excepted.
+        key: (B, Hkv, Sk, D), in the query's dtype; Hkv divides H, query head h reads key/value head h // (H // Hkv).
+        value: (B, Hkv, Sk, Dv), in the query's dtype.
+        causal: True or "bottom_right" lets query i see keys j <= i + Sk - Sq; "top_left" keys j <= i.
         window: (left, right): query i sees pos(i) - left <= j <= pos(i) + right, where pos(i) is i + Sk - Sq, or i
             under "top_left". None or -1 is unbounded.
         mask: bool, True = attend, broadcastable to (B, H, Sq, Sk).
-        bias: float, added to the scores, broadcastable to (B, H, Sq, Sk), differentiable; -inf masks.
+        bias: any float dtype, added to the scores, broadcastable to (B, H, Sq, Sk), differentiable; -inf masks.
         segment_ids: (B, S) integers, or a pair for queries and keys; only equal ids attend, negative ids nothing.
-        key_lengths: (B,) integers; keys at or beyond an entry's length are seen by no query.
-        alibi_slopes: (H,) or (B, H), adds -slope * |pos(i) - j|, differentiable.
+        key_lengths: (B,) integers, 0 to Sk (checked on a CPU only); keys at or beyond an entry's length are seen by no
+            query.
+        alibi_slopes: (H,) or (B, H), any float dtype, adds -slope * |pos(i) - j|, differentiable.
         softcap: scores become softcap * tanh(score / softcap); like the scale below 2**127 unless in float64.
-        sinks: (H,), one more score per row that carries no value, differentiable; lse includes it.
+        sinks: (H,), any float dtype, one more score per row that carries no value, differentiable; lse includes it.
         dropout_p: probability of dropping a weight, in [0, 1); rounded to a multiple of 2**-16.
         dropout_seed: int or one-element int64 tensor; the same seed drops the same weights on every backend. None
             draws one from torch's generator.
         scale: factor on query @ key.T, D**-0.5 by default.
-        return_lse: also return the log-sum-exp of each row's scores, (B, H, Sq) float32, natural log, differentiable.
+        return_lse: also return the log-sum-exp of each row's scores, (B, H, Sq), natural log, differentiable; float32,
+            or float64 for a float64 query.
         return_weights: also return what multiplies the values, (B, H, Sq, Sk), or its mean over heads, (B, Sq, Sk),
-            for "mean"; differentiable. O(Sq * Sk) memory.
-        backend: "auto" or the name of one; a named backend that cannot run the call raises its reason.
+            for "mean"; in the query's dtype, differentiable. O(Sq * Sk) memory.
+        backend: "auto", "cuda", "triton" or "torch"; a named backend that cannot run the call raises its reason.
 
     Returns:
         out (B, H, Sq, Dv) in the query's dtype and memory order; then lse and weights as asked for. A row that sees
         no key gives out 0, lse -inf (its sink, if it has one) and zero gradients.
 
-    What keys hold that no query of their batch entry may see, even NaN, influences no result and no gradient, and
-    their gradients are 0: keys at or beyond `key_lengths`, with a negative segment id, whose column of the mask is
-    False, or of the bias -inf, for all heads and queries. Other masks and windows promise this of finite values only.
+    Keys hidden from every query of their batch entry may hold anything, NaN included, without effect on results or
+    gradients, and their own gradients are 0. A key is hidden so if it is at or beyond `key_lengths`, has a negative
+    segment id, or has a column that is False in the mask or -inf in the bias for all heads and queries. Keys that
+    other masks, windows or causality hide have no effect if they are finite.
     A seen score of NaN or +inf, be it by overflow, gives NaN in out, lse and weights of its row; one of -inf has the
     weight 0. float64 terms of the scores of other dtypes (bias, alibi_slopes, sinks) count as the nearest number that
     float32 holds.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: the named backend cannot run the call.
+        RuntimeError: the backend that `backend` or FASTATTN_BACKEND names cannot run the call.
 
     Source: Dao, "FlashAttention-2" (2023); dropout by Philox4x32-10 (Salmon et al., 2011), see `fastattn.philox`.
     """
@@ -199,13 +203,20 @@ def explain(
 ) -> backends.Explanation:
     """Which backend `attention` would use for these arguments, with which tiles, and why not the others.
 
-    Takes the arguments of `attention`; runs nothing. `backward` names the backend of the backward pass where grad mode
-    is on and an input requires grad, `weights` and `weights_backward` those of the weights under `return_weights`.
-    Raises as `attention` does for arguments that do not fit or a named backend that cannot run them.
+    It runs nothing. The other ops have `explain_varlen`, `explain_kv_cache`, `explain_softmax`,
+    `explain_cross_entropy` and `explain_linear_cross_entropy`, each with the arguments of its op.
 
-    The other ops have `explain_varlen`, `explain_kv_cache`, `explain_softmax`, `explain_cross_entropy` and
-    `explain_linear_cross_entropy`, each with the arguments of its op: one function per op, so that a type checker and
-    an editor know the arguments, which a parameter of this one that names the op would hide.
+    Args:
+        query, key, value, backend, options: those of `attention`.
+
+    Returns:
+        A `fastattn.backends.Explanation`, printable. Its `backward` names the backend of the backward pass where grad
+        mode is on and an input requires grad, `weights` and `weights_backward` those of the weights under
+        `return_weights`.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `attention`; the message names it.
+        RuntimeError: the named backend cannot run the call.
     """
     spelling.check(options, attention, "explain")
     options.pop("return_lse", None)

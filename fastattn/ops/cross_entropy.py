@@ -40,7 +40,7 @@ def cross_entropy(
     Args:
         logits: (V,), (N, V) or (N, V, ...), as torch's: float16, bfloat16, float32 or float64. Sums are kept in
             float32 or float64.
-        target: class indices, integers of shape (), (N,) or (N, ...); each in [0, V) or `ignore_index`.
+        target: class indices, any integer dtype, of shape (), (N,) or (N, ...); each in [0, V) or `ignore_index`.
         ignore_index: tokens with this target have loss 0 and no gradient, even where their logits are NaN.
         label_smoothing: share of the target's weight spread over all classes, in [0, 1].
         reduction: "none" for the loss of each token, "sum", or "mean" over the tokens that are not ignored: NaN if all
@@ -56,7 +56,7 @@ def cross_entropy(
         ValueError, TypeError: an argument does not fit; the message names it. A target that is not a class raises an
             error that is also an IndexError, as torch's is. On a GPU, where the check would cost a synchronisation,
             such a token has loss NaN instead, and so has the mean or sum.
-        RuntimeError: class_weight requires grad.
+        RuntimeError: class_weight requires grad, or the backend that FASTATTN_BACKEND names cannot run the call.
 
     Source: z_loss is that of Chowdhery et al., "PaLM" (2022).
     """
@@ -137,8 +137,19 @@ def explain_cross_entropy(
 ) -> backends.Explanation:
     """Which backend `cross_entropy` would use for these arguments, and why not the others.
 
-    Takes the arguments of `cross_entropy`; runs nothing. `backward` names no backend where the forward pass makes the
-    gradient. See `fastattn.explain`.
+    It runs nothing.
+
+    Args:
+        logits, target: those of `cross_entropy`.
+        ignore_index, label_smoothing, reduction, class_weight, z_loss: those of `cross_entropy`.
+
+    Returns:
+        A `fastattn.backends.Explanation`; its `backward` is None where logits do not require grad, and where the
+        forward pass makes the gradient.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `cross_entropy`; the message names it.
+        RuntimeError: class_weight requires grad, or the backend that FASTATTN_BACKEND names cannot run the call.
     """
     if unknown:
         raise spelling.unexpected(cross_entropy, unknown, "explain_cross_entropy")

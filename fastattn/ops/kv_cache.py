@@ -66,32 +66,36 @@ def attention_kv_cache(
     """`attention` of new queries to everything in a cache, after appending new keys and values to it.
 
     Args:
-        query: (B, H, Sq, D): one token while decoding, more while a prompt is read in chunks.
+        query: (B, H, Sq, D), float16, bfloat16, float32 or float64: one token while decoding, more while a prompt is
+            read in chunks.
         k_cache, v_cache: (B, Hkv, S, D) and (B, Hkv, S, Dv), or pages (P, Hkv, page, D) and (P, Hkv, page, Dv) with a
-            block_table; any strides. New keys and values are written into them: then no two elements of the caches
-            may share memory, nor may query, key and value share any with them. Views that interleave, as those of
-            one (B, Hkv, S, 2, D) buffer, are fine, and so is anything where nothing is appended.
-        cache_lengths: (B,) int32, tokens in the cache before this call; left as it is.
-        key, value: (B, Hkv, Sn, D) and (B, Hkv, Sn, Dv), written at cache_lengths. Sequence b then has
-            cache_lengths[b] + Sn keys, its Sk.
-        block_table: (B, pages) int32; page i of sequence b is k_cache[block_table[b, i]]. Sequences may share pages,
-            but not one that is appended to: a CPU refuses it, on a GPU, where looking would cost a synchronisation,
-            the sequences' tokens mix.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2); rotate the first rotary_dim dimensions of the new keys to
-            the positions they are written at, and of query i to position i + Sk - Sq.
+            block_table; in the query's dtype, any strides. New keys and values are written into them: then no two
+            elements of the caches may share memory, nor may query, key and value share any with them. Views that
+            interleave, as those of one (B, Hkv, S, 2, D) buffer, are fine. Where nothing is appended, all may share.
+        cache_lengths: (B,) integers (int32 needs no conversion), tokens in the cache before this call; left as it is.
+        key, value: (B, Hkv, Sn, D) and (B, Hkv, Sn, Dv), given together, in the caches' dtype; written at
+            cache_lengths. Sequence b then has cache_lengths[b] + Sn keys, its Sk.
+        block_table: (B, pages) integers (int32 needs no conversion); page i of sequence b is
+            k_cache[block_table[b, i]]. Sequences may share pages, but not one that is appended to: a CPU refuses it; on
+            a GPU, where looking would cost a synchronisation, the sequences' tokens mix.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), any float dtype, given together; rotate the first
+            rotary_dim dimensions of the new keys to the positions they are written at, and of query i to position
+            i + Sk - Sq.
         rotary_interleaved: rotate pairs (0, 1), (2, 3) ... rather than (0, rotary_dim / 2) ...
         causal, window, softcap, alibi_slopes, sinks, scale, backend: as in `attention`; causal is on by default.
         num_splits: equal pieces a GPU kernel cuts the keys into; None: pieces of a fixed number of keys. Either way a
             sequence's bits do not depend on its batch. The torch backend reads the keys in one piece.
-        return_lse: also return the log-sum-exp, (B, H, Sq) float32, natural log.
+        return_lse: also return the log-sum-exp, (B, H, Sq), natural log; float32, or float64 for a float64 query.
 
     Returns:
         out (B, H, Sq, Dv) in the query's dtype and memory order, and lse if asked for. No gradients.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. Nothing is written then. Shared memory
-            raises an error that is both a ValueError and a RuntimeError.
-        RuntimeError: the named backend cannot run the call, or a tensor requires grad.
+        ValueError, TypeError: an argument does not fit; the message names it. Nothing is written then. Lengths and page
+            numbers are checked on a CPU only. Shared memory raises an error that is both a ValueError and a
+            RuntimeError.
+        RuntimeError: the named backend cannot run the call, a tensor requires grad in grad mode, or a torch.func
+            transform or forward-mode AD is active.
 
     Source: Dao, "FlashAttention-2" (2023), key/value cache interface; Kwon et al., "PagedAttention" (2023).
     """
@@ -161,7 +165,19 @@ def explain_kv_cache(
 ) -> backends.Explanation:
     """Which backend `attention_kv_cache` would use for these arguments, with which tiles, and why not the others.
 
-    Takes the arguments of `attention_kv_cache`; runs nothing and writes nothing. See `fastattn.explain`.
+    It runs nothing and writes nothing.
+
+    Args:
+        query, k_cache, v_cache, cache_lengths, key, value, block_table: those of `attention_kv_cache`.
+        rotary_cos, rotary_sin, rotary_interleaved, alibi_slopes, sinks: those of `attention_kv_cache`.
+        num_splits, causal, return_lse, backend, options: those of `attention_kv_cache`.
+
+    Returns:
+        A `fastattn.backends.Explanation`, without a backward pass.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `attention_kv_cache`; the message names it.
+        RuntimeError: the named backend cannot run the call, or a tensor requires grad in grad mode.
     """
     spelling.check(options, attention_kv_cache, "explain_kv_cache")
     args = call_arguments(

@@ -44,11 +44,12 @@ def linear_cross_entropy(
     keeps them until the backward scales them; under "none" the backward makes the logits again.
 
     Args:
-        hidden: (..., E), float16, bfloat16, float32 or float64.
+        hidden: (..., E), float16, bfloat16, float32 or float64. Under autocast hidden, weight and bias are cast to its
+            dtype, float64 excepted.
         weight: (V, E), of the same dtype.
-        target: (...), class indices; each in [0, V) or `ignore_index`.
+        target: (...), class indices, any integer dtype; each in [0, V) or `ignore_index`.
         bias: (V,), of the same dtype.
-        softcap: logits become softcap * tanh(logit / softcap).
+        softcap: a positive number, logits become softcap * tanh(logit / softcap); None for none.
         ignore_index, label_smoothing, reduction, class_weight, z_loss: as in `cross_entropy`; ignored tokens may hold
             NaN. Class weights are not `weight`, which makes the logits.
 
@@ -59,7 +60,7 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument does not fit; the message names it. A target that is not a class raises an
             error that is also an IndexError, as torch's is. On a GPU, where the check would cost a synchronisation,
             such a token has loss NaN instead, and so has the mean or sum.
-        RuntimeError: class_weight requires grad.
+        RuntimeError: class_weight requires grad, or the backend that FASTATTN_BACKEND names cannot run the call.
 
     Source: the chunking is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), with
     a loop over tokens instead of a kernel over tiles.
@@ -146,8 +147,19 @@ def explain_linear_cross_entropy(
 ) -> backends.Explanation:
     """Which backend `linear_cross_entropy` would use for these arguments, and why not the others.
 
-    Takes the arguments of `linear_cross_entropy`; runs nothing. `backward` names a backend under "none" only: otherwise
-    the forward pass makes the gradients. See `fastattn.explain`.
+    It runs nothing.
+
+    Args:
+        hidden, weight, target, bias, softcap: those of `linear_cross_entropy`.
+        ignore_index, label_smoothing, reduction, class_weight, z_loss: those of `linear_cross_entropy`.
+
+    Returns:
+        A `fastattn.backends.Explanation`; its `backward` names a backend under "none" only: otherwise the forward pass
+        makes the gradients.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `linear_cross_entropy`; the message names it.
+        RuntimeError: class_weight requires grad, or the backend that FASTATTN_BACKEND names cannot run the call.
     """
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown, "explain_linear_cross_entropy")

@@ -33,17 +33,18 @@ def scaled_dot_product_attention(
     """softmax(scale * query @ key.T + attn_mask) @ value with dropout on the weights, as in torch.nn.functional.
 
     Args:
-        query: (..., H, L, E), from two dimensions to any number; leading ones broadcast.
-        key: (..., H, S, E), or (..., Hkv, S, E) under `enable_gqa`.
+        query: (..., H, L, E), from two dimensions to any number; leading ones broadcast. float16, bfloat16, float32 or
+            float64, cast by autocast as in `attention`.
+        key: (..., H, S, E), or (..., Hkv, S, E) under `enable_gqa`; in the query's dtype.
         value: as key, with a last dimension of its own.
-        attn_mask: broadcastable to (..., H, L, S): bool, True = attend, or float, added to the scores and
+        attn_mask: broadcastable to (..., H, L, S): bool, True = attend, or any float dtype, added to the scores and
             differentiable; or torch's `causal_upper_left` / `causal_lower_right`, which stay structured.
-        dropout_p: probability of dropping a weight, applied whenever it is above 0; drawn from fastattn's generator,
-            so the dropped weights agree with torch's in distribution only.
+        dropout_p: probability of dropping a weight, in [0, 1], applied whenever it is above 0; drawn from fastattn's
+            generator, so the dropped weights agree with torch's in distribution only.
         is_causal: query i sees keys j <= i, counted from the first key whatever L and S; without attn_mask.
         scale: E**-0.5 by default.
         enable_gqa: key and value may have fewer heads, divisors of H.
-        backend: "auto" or the name of a fastattn backend.
+        backend: "auto", "cuda", "triton" or "torch".
 
     Returns:
         (..., H, L, Ev) in the query's dtype; a row that sees no key is 0.
@@ -52,7 +53,7 @@ def scaled_dot_product_attention(
         ValueError, TypeError: an argument does not fit; the message names it. It is a RuntimeError, too, as torch's
             are. Unlike torch's, this call refuses head dims of 0 or over 256, nested tensors, and a value whose length
             is not the key's.
-        RuntimeError: a named backend that cannot run the call.
+        RuntimeError: the named backend cannot run the call.
     """
     if symbolic.any_proxy(query, key, value):
         return cast(Tensor, symbolic.record(scaled_dot_product_attention, locals()))

@@ -36,14 +36,14 @@ def softmax(
     Args:
         x: any shape and strides, float16, bfloat16, float32 or float64; sums are kept in float32 or float64.
         dim: the dimension that sums to one.
-        scale: factor on x.
+        scale: factor on x, finite, and below 2**127 unless x is float64.
         mask: bool, True = keep, broadcastable to x. What it hides is 0 (-inf in log), even if x is NaN there, and
             neither sends nor receives a gradient. An entry of -inf is hidden too, whatever the scale; so is one whose
             scaled score is -inf, as that of +inf under a negative scale. Any other score that is not finite makes
             what its row keeps NaN.
-        causal: keep entry (i, j) of the last two dims where j <= i + columns - rows (bottom right).
+        causal: keep entry (i, j) of the last two dims where j <= i + columns - rows (bottom right); x then needs two.
         log: return the natural logarithm.
-        backend: "auto" or the name of one; a named backend that cannot run the call raises its reason.
+        backend: "auto", "cuda", "triton" or "torch"; a named backend that cannot run the call raises its reason.
 
     Returns:
         A tensor of x's shape, dtype and memory order (float32 for 16-bit x under CUDA autocast, as torch does). Where
@@ -167,7 +167,17 @@ def explain_softmax(
 ) -> backends.Explanation:  # fmt: skip
     """Which backend `softmax` would use for these arguments, with which tiles, and why not the others.
 
-    Takes the arguments of `softmax`; runs nothing. See `fastattn.explain`.
+    It runs nothing.
+
+    Args:
+        x, dim, backend, scale, mask, causal, log: those of `softmax`.
+
+    Returns:
+        A `fastattn.backends.Explanation`; its `backward` is None where x does not require grad.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `softmax`; the message names it.
+        RuntimeError: the named backend cannot run the call.
     """
     if unknown:
         raise spelling.unexpected(softmax, unknown, "explain_softmax")

@@ -76,15 +76,18 @@ def attention_varlen(
     """`attention` of every sequence in a packed batch by itself, without padding.
 
     Args:
-        query: (T, H, D), the sequences' queries one after another.
-        key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv).
+        query: (T, H, D), the sequences' queries one after another: float16, bfloat16, float32 or float64, cast by
+            autocast as in `attention`.
+        key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv), in the query's dtype; Hkv divides H.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, ascending from 0: sequence b owns tokens cu_seqlens[b] up to
-            cu_seqlens[b + 1]. Sequences may be empty; tokens after the last belong to none.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths. Left out, they are read from cu_seqlens where a
-            kernel needs them, which costs a synchronisation and cannot happen while a CUDA graph is captured.
+            cu_seqlens[b + 1]. Sequences may be empty; tokens after the last belong to none. Other dtypes are a
+            TypeError; values are checked on a CPU only.
+        max_seqlen_q, max_seqlen_k: integers, upper bounds of the lengths. Left out, they are read from cu_seqlens where
+            a kernel needs them, which costs a synchronisation and cannot happen while a CUDA graph is captured.
         causal, window, alibi_slopes, softcap, sinks, dropout_p, dropout_seed, scale, backend: as in `attention`,
             with each sequence's own lengths for Sq and Sk; alibi_slopes is (H,) or (B, H).
-        return_lse: also return the log-sum-exp, (H, T) float32, natural log, differentiable.
+        return_lse: also return the log-sum-exp, (H, T), natural log, differentiable; float32, or float64 for a float64
+            query.
 
     Returns:
         out (T, H, Dv) in the query's dtype and memory order, and lse if asked for. Tokens of no sequence, and rows
@@ -153,7 +156,18 @@ def explain_varlen(
 ) -> backends.Explanation:
     """Which backend `attention_varlen` would use for these arguments, with which tiles, and why not the others.
 
-    Takes the arguments of `attention_varlen`; runs nothing. See `fastattn.explain`.
+    It runs nothing.
+
+    Args:
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: those of `attention_varlen`.
+        backend, return_lse, alibi_slopes, options: those of `attention_varlen`.
+
+    Returns:
+        A `fastattn.backends.Explanation`; its `backward` is None where no input requires grad.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit `attention_varlen`; the message names it.
+        RuntimeError: the named backend cannot run the call.
     """
     spelling.check(options, attention_varlen, "explain_varlen")
     args = call_arguments(
