@@ -26,10 +26,10 @@ def serve(
         str | None, typer.Option(help="float32, bfloat16 or float16; by default the folder's.")
     ] = None,
     max_batch: Annotated[
-        int, typer.Option(min=1, max=4096, help="Continuations that run at the same time.")
+        int, typer.Option(min=1, max=4096, help="Continuations of each model that run at the same time.")
     ] = 16,
     max_queue: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Requests that wait; the next get status 429.")
+        int, typer.Option(min=1, max=2**20, help="Requests of each model that wait; the next get status 429.")
     ] = 256,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, max=MAX_INT32, help="Most tokens that a request may ask for.")
@@ -52,8 +52,8 @@ def serve(
 ) -> None:
     """Serve models with OpenAI's API: completions, chat and embeddings, and vLLM's rerank, classify and tokenize.
 
-    Clients name a model by its folder's name. Each request gets the tokens that it gets alone. SIGTERM or Ctrl-C ends
-    it once running requests are finished. Exits with 2 on bad input.
+    Clients name a model by its folder's name. On a CPU each request gets the same tokens as alone. SIGTERM or Ctrl-C
+    ends it: running requests get 30 seconds to finish, then they fail. Exits with 2 on bad input.
     """
     with paused():
         from fastattn.serve.options import ServeOptions, key_from_environment

@@ -29,14 +29,17 @@ def train(
         typer.Option("--train", help="File or folder to train on, or hf:NAME; may be repeated."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of the model to start from, or a preset's name.")
+        str | None,
+        typer.Option(help="Folder or hub repository of the model to start from, or a preset's name."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="Folder for the trained model and the files of the run.")
     ] = None,
     dev: Annotated[
         list[str] | None,
-        typer.Option(help="File or folder to select the best model by; else a part of the training data."),
+        typer.Option(
+            help="File or folder to select the best model by, may be repeated; else a part of the training data."
+        ),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder of a model to learn soft labels from.")] = None,
     resume: Annotated[
@@ -47,8 +50,8 @@ def train(
 ) -> None:
     """Train a model for a task: fastattn train classify --train FILE --model DIR --out DIR [--train.lr=1e-4].
 
-    Without --dev a part of the training data is held out, and a line says so; test sets are never read. OUT is a folder
-    for fastattn predict and transformers, with log.jsonl, run.yaml and report.json. Exits with 2 on bad input.
+    Without --dev a part of the training data is held out, and a line says so; training reads no test set. OUT is a
+    folder for fastattn predict and transformers, with log.jsonl, run.yaml and report.json. Exits with 2 on bad input.
     """
     with paused():
         from fastattn.train import ConfigError, TrainingDiverged
@@ -96,7 +99,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
         elif task is None:
             task = word
         else:
-            raise InputError(f"{word!r}: is one word too many; --train and --dev take one file each")
+            raise InputError(f"{word!r}: is one word too many; repeat --train or --dev for each further file")
     if task is None:
         raise InputError("TASK: is missing")
     return task, overrides
