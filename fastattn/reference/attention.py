@@ -36,8 +36,23 @@ def attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """softmax(softcap(scale * q.k) + alibi + bias, masked) @ v, every intermediate in the dtype of the query.
 
-    Options, shapes and results are those of `fastattn.attention`; the scores are materialised, O(Sq * Sk).
-    `first_sequence` is the number of the batch's first sequence in the dropout stream.
+    The definition of `fastattn.attention`, differentiable any number of times; the scores are materialised,
+    O(B * H * Sq * Sk).
+
+    Args:
+        query: (B, H, Sq, D), any float dtype.
+        key: (B, Hkv, Sk, D), in the query's dtype; Hkv divides H.
+        value: (B, Hkv, Sk, Dv), in the query's dtype.
+        causal, window, mask, bias, segment_ids, key_lengths, alibi_slopes: those of `fastattn.attention`.
+        softcap, sinks, dropout_p, dropout_seed, scale, return_lse, return_weights: those of `fastattn.attention`.
+        first_sequence: number of the batch's first sequence in the dropout stream.
+
+    Returns:
+        out (B, H, Sq, Dv); then lse (B, H, Sq) and weights, (B, H, Sq, Sk) or (B, Sq, Sk) for "mean", as asked for. out
+        and weights have the query's dtype, lse is float32, or float64 for a float64 query.
+
+    Raises:
+        ValueError: causal is none of its values. Nothing else is checked: what does not fit raises torch's errors.
     """
     if causal not in (False, True, "top_left", "bottom_right"):
         raise ValueError(f"causal: got {causal!r}, needs False, True (bottom right) or 'top_left'")
@@ -198,7 +213,24 @@ def attention_varlen(
     return_lse: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of each packed sequence by itself: (T, H, D) tensors cut at cu_seqlens; lse is (H, T)."""
+    """`attention` of each packed sequence by itself: the definition of `fastattn.attention_varlen`.
+
+    Args:
+        query: (T, H, D), any float dtype.
+        key, value: (Tk, Hkv, D) and (Tk, Hkv, Dv), in the query's dtype; Hkv divides H.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) integers, ascending from 0: sequence b owns tokens cu_seqlens[b] up to
+            cu_seqlens[b + 1]. They are read, which synchronises a GPU.
+        alibi_slopes: (H,) or (B, H).
+        dropout_seed, return_lse: those of `fastattn.attention_varlen`.
+        options: causal, window, softcap, sinks, dropout_p and scale of `fastattn.attention_varlen`.
+
+    Returns:
+        out (T, H, Dv) in the query's dtype, and lse (H, T), float32 or float64 as in `attention`, if asked for. Tokens
+        of no sequence give out 0 and lse -inf.
+
+    Raises:
+        ValueError: causal is none of its values. Nothing else is checked: what does not fit raises torch's errors.
+    """
     if dropout_seed is None:
         dropout_seed = draw_seed(query.device)
     out = query.new_zeros(*query.shape[:2], value.shape[2])

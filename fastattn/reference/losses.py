@@ -21,7 +21,19 @@ def softmax(
 ) -> Tensor:
     """exp(scale * x) over its sum along `dim`, in the dtype of x; what a mask hides is the constant 0 (-inf in log).
 
-    An entry of -inf is hidden whatever the scale, and so is one that is -inf after scaling.
+    An entry of -inf is hidden whatever the scale, and so is one that is -inf after scaling. Nothing is checked: what
+    does not fit raises torch's errors.
+
+    Args:
+        x: any shape, any float dtype.
+        dim: the dimension that sums to one.
+        scale: factor on x.
+        mask: bool, True = keep, broadcastable to x.
+        causal: keep entry (i, j) of the last two dims where j <= i + columns - rows.
+        log: return the natural logarithm.
+
+    Returns:
+        A tensor of x's shape and dtype; a row of which nothing is kept is 0 (-inf in log).
     """
     scores = x * scale
     visible = (x != NOTHING) & (scores != NOTHING)
@@ -45,7 +57,19 @@ def cross_entropy(
 ) -> Tensor:
     """The loss of each row z of (N, V) logits, lse = logsumexp(z); 0 where ignored.
 
-    (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)) + z_loss * lse**2, where w = 1 by default.
+    (1 - s) * w[target] * (lse - z[target]) + s * mean(w * (lse - z)) + z_loss * lse**2, where w = 1 by default and s is
+    label_smoothing. Nothing is checked: what does not fit raises torch's errors.
+
+    Args:
+        logits: (N, V), any float dtype.
+        target: (N,) int64 class indices, each in [0, V) or `ignore_index`.
+        ignore_index: rows with this target have loss 0 and no gradient, even where their logits are NaN.
+        label_smoothing: share of the target's weight spread over all classes, in [0, 1].
+        class_weight: w, (V,), a factor on the cross-entropy of rows of each class.
+        z_loss: factor on lse**2.
+
+    Returns:
+        (N,) losses in the dtype of logits; `fastattn.cross_entropy` also reduces them.
     """
     kept = target != ignore_index
     logits = torch.where(kept[:, None], logits, 0)
@@ -77,7 +101,19 @@ def linear_cross_entropy(
     class_weight: Tensor | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), all logits materialised."""
+    """`cross_entropy` of softcap * tanh((hidden @ weight.T + bias) / softcap), all logits materialised.
+
+    Args:
+        hidden: (N, E), any float dtype.
+        weight: (V, E), in hidden's dtype.
+        target: (N,) int64 class indices, each in [0, V) or `ignore_index`.
+        bias: (V,), in hidden's dtype.
+        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
+        ignore_index, label_smoothing, class_weight, z_loss: as in `cross_entropy`; ignored rows may hold NaN.
+
+    Returns:
+        (N,) losses in the dtype of hidden.
+    """
     logits = torch.nn.functional.linear(
         torch.where((target != ignore_index)[:, None], hidden, 0), weight, bias
     )
