@@ -29,7 +29,8 @@ def register() -> None:
     Masks are bool (True = attend) or float (added), (B, S), (L, S) or (B, H, L, S), broadcast; a mask whose shape is
     (B, S) covers keys, as diffusers reads it. Head dims over 256 and context parallelism are refused.
 
-    Raises ImportError where diffusers is not installed, or its registry of backends is not as expected.
+    Raises:
+        ImportError: diffusers is not installed, or its registry of backends is not as expected.
     """
     dispatch = _dispatch()
     names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry

@@ -29,7 +29,8 @@ def register() -> None:
     them. Operands split in another way, and those with dropout, whose mask goes by the place in the whole batch, are
     gathered first. Calling it again changes nothing.
 
-    Raises ImportError where this torch has no register_sharding.
+    Raises:
+        ImportError: this torch has no register_sharding.
     """
     global _registered
     from torch.distributed.tensor.experimental import register_sharding

@@ -20,16 +20,24 @@ from fastattn.spec import FLOAT_DTYPES, MAX_HEAD_DIM
 
 @dataclass(frozen=True)
 class SwapReport:
-    """The result of `swap_attention`: names of modules as in `named_modules`, "" being the model itself."""
+    """The result of `swap_attention`: names of modules as in `named_modules`, "" being the model itself.
+
+    Attributes:
+        swapped: modules that run on fastattn since this call.
+        already: modules that ran on it before.
+        left: (name, reason) of modules that compute attention and were left alone.
+        backend: that of the call.
+        dense: (name, reason) of swapped modules that get their masks as dense tensors.
+    """
 
     swapped: tuple[str, ...]
-    already: tuple[str, ...]  # ran on fastattn before the call
-    left: tuple[tuple[str, str], ...]  # (name, why it was left alone)
+    already: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]
     backend: str
-    dense: tuple[tuple[str, str], ...] = ()  # (name, why a swapped module gets its masks as dense tensors)
+    dense: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """The same as plain types, for JSON."""
+        """The fields as plain types, for JSON; left and dense as dicts from name to reason."""
         return {
             "swapped": list(self.swapped),
             "already": list(self.already),
@@ -69,11 +77,17 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
     Args:
         model: any module; its whole tree is searched.
-        backend: "auto" or the name of a fastattn backend for the swapped modules.
+        backend: "auto", "cuda", "triton" or "torch", for the swapped modules.
 
     Returns:
-        A report, printable, of what was swapped and of what computes attention but was left, with the reason and the
-        line that would help, where there is one.
+        A `SwapReport`, printable, of what was swapped and of what computes attention but was left, with the reason and
+        the line that would help, where there is one.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: backend is not one of these names.
+        ImportError: the model is of a transformers whose interface fastattn was not written for, and nothing was
+            swapped. A diffusers that is not as expected is a reason in `SwapReport.left` instead.
     """
     arguments.check_backend(backend)
     candidates = list(_candidates(model))
@@ -104,10 +118,18 @@ def swap_attention(model: nn.Module, *, backend: str = "auto") -> SwapReport:
 
 
 def restore_attention(model: nn.Module) -> tuple[str, ...]:
-    """Undo `swap_attention`: every module it swapped runs what it ran before. Returns their names.
+    """Undo `swap_attention`, in place: every module it swapped runs what it ran before.
 
-    Raises ValueError, before changing any, where something else changed a swapped module's class after the swap, as
-    `torch.nn.utils.parametrize` and `fully_shard` do: undo that first.
+    Args:
+        model: any module; its whole tree is searched.
+
+    Returns:
+        The names of the restored modules, as in `named_modules`; empty where nothing had been swapped.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: something else changed a swapped module's class after the swap, as `torch.nn.utils.parametrize` and
+            `fully_shard` do: undo that first. Nothing is restored then.
     """
     candidates = dict(_candidates(model))
     swapped = {n: m for n, m in candidates.items() if isinstance(m, MultiHeadAttention) and m.swapped}

@@ -37,10 +37,15 @@ class sdpa_override(ContextDecorator):
     context and out again, except for calls inside `nn.MultiheadAttention`: they stay what they were when compiled.
 
     Nested tensors and head dims that fastattn refuses go to the function that was there before, with one warning for
-    each reason. Leaving without any such call warns once.
+    each reason. Calls inside otherwise take the arguments, and raise the errors, of
+    `fastattn.scaled_dot_product_attention`. Leaving without any such call warns once.
 
     Args:
-        backend: "auto" or the name of a fastattn backend.
+        backend: "auto", "cuda", "triton" or "torch".
+
+    Raises:
+        ValueError: backend is not one of these names.
+        TypeError: it decorates a class, a coroutine function or a generator function; use `with` inside those.
     """
 
     def __init__(self, backend: str = "auto") -> None:
@@ -61,7 +66,7 @@ class sdpa_override(ContextDecorator):
         return self._earlier + now + sum(entry.compiled for entry in self._mine)
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:  # type: ignore[override]
-        """`function`, during whose calls this is entered."""
+        """`function`, during whose calls this is entered; TypeError for anything but a plain function."""
         if isinstance(function, type) or any(
             kind(function)
             for kind in (
@@ -212,7 +217,8 @@ def register() -> None:
     which torch picks its flash kernel (float16 or bfloat16 on CUDA, without attn_mask) on fastattn, compiled code and
     C++ callers included; `restore_flash_attention_impl()` undoes it. Calling this again changes nothing.
 
-    Raises ImportError where torch has no such registry.
+    Raises:
+        ImportError: torch has no such registry. Activating it raises a RuntimeError where there is no CUDA device.
     """
     from torch.nn import attention as registry
 

@@ -46,7 +46,8 @@ def register() -> None:
     compiled code with a cache) or from `cu_seq_lens_q` and `cu_seq_lens_k`. `output_attentions=True` returns the
     weights. A query that sees no key gets 0.
 
-    Raises ImportError if transformers has an interface this was not written for.
+    Raises:
+        ImportError: transformers is older than 5.23, or has an interface this was not written for.
     """
     attention_interface, mask_interface = compat.interfaces()
     wanted = {"q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "use_vmap"}
