@@ -45,6 +45,15 @@ class MultiHeadAttention(Heads):
     `forward`, is never taken, also inside `nn.TransformerEncoderLayer`; dropout draws from fastattn's generator, so
     its masks agree with torch's in distribution only; TorchScript is not supported.
 
+    Args:
+        embed_dim, num_heads: E, the width of queries and outputs, and H, which divides E unless head_dim is given.
+        dropout: of attention weights in training mode, in [0, 1).
+        bias: whether the projections have biases.
+        add_bias_kv, add_zero_attn: append a learned key and value, and one of zeros, that every query sees.
+        kdim, vdim: widths of keys and values, E by default.
+        batch_first: batched inputs and outputs are (N, L, E), not (L, N, E).
+        device, dtype: of the parameters.
+
     Keyword Args:
         num_kv_heads: key/value heads, a divisor of num_heads (grouped-query attention); `in_proj_weight` then has
             (num_heads + 2 * num_kv_heads) * head_dim rows.
@@ -59,10 +68,11 @@ class MultiHeadAttention(Heads):
         sinks: True adds a learnable parameter `sinks` (H,), one logit per head that takes weight and carries no value.
         qk_norm: True normalises each head of q and k by a learned RMSNorm (`q_norm`, `k_norm`); a function
             is called with head_dim to make the two norms.
-        backend: "auto" or the name of a fastattn backend.
+        backend: "auto", "cuda", "triton" or "torch".
 
-    Raises ValueError for options that do not fit together; shapes that torch rejects raise ValueError too (and are
-    also what torch raises: AssertionError, or RuntimeError for masks).
+    Raises:
+        ValueError, TypeError: an option has a wrong value or type, or options do not fit together.
+        AssertionError: num_heads does not divide embed_dim, as in torch.
     """
 
     scale: float | None = None
@@ -266,17 +276,29 @@ class MultiHeadAttention(Heads):
         rotary: RotaryTable | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output, weights or None), as torch.nn.MultiheadAttention.forward; the keyword-only options are additions.
+        """Attention as torch.nn.MultiheadAttention.forward; the keyword-only options are additions.
 
-        Shapes: query (L, E), (L, N, E), or (N, L, E) where batch_first; key (..., kdim) and value (..., vdim) likewise
-        with S for L; key_padding_mask (N, S) or (S,); attn_mask (L, S) or (N * H, L, S). Weights are (N, L, S), or
-        (N, H, L, S) where not averaged, without N for unbatched input.
+        Args:
+            query: (L, E), (L, N, E), or (N, L, E) where batch_first, in the dtype of the weights or under autocast.
+            key, value: the same with S for L, and kdim and vdim for E; or all three nested, where batch_first.
+            key_padding_mask: (N, S) or (S,), bool, True = do not attend, or float, added.
+            need_weights, average_attn_weights: whether to return the weights, and their mean over heads.
+            attn_mask: (L, S) or (N * H, L, S), bool, True = do not attend, or float, added.
+            is_causal: a hint that attn_mask is causal, as in torch; needs it.
+            causal: hide later keys (aligned to the last key) without an attn_mask.
+            segment_ids: (N, L) integers, or a pair (N, L), (N, S): only equal ids attend, negative ids nothing.
+            key_lengths: (N,) integers, valid keys of each sequence.
+            rotary: cos and sin, in place of positions 0, 1, ... and of the module's own `rotary`.
+            cache: keys and values of earlier calls, to which this call's are appended; masks, segment ids of the keys
+                and lengths then cover those before as well.
 
-        causal: hide later keys (aligned to the last key) without an attn_mask. segment_ids (N, L), or a pair (N, L),
-        (N, S): only equal ids attend, negative ids attend nothing. key_lengths (N,): valid keys of each sequence.
-        rotary: cos and sin to turn queries and new keys by, in place of positions 0, 1, ... and of the module's own
-        `rotary`. cache: keys and values of earlier calls, to which this call's are appended; masks, segment ids of the
-        keys and lengths then cover those before as well.
+        Returns:
+            The output, in query's shape, and the weights, (N, L, S), or (N, H, L, S) where not averaged, without N for
+            unbatched input; None without need_weights.
+
+        Raises:
+            ValueError, TypeError: a tensor does not fit, or options do not go together. Shapes and masks that torch
+                rejects raise an error that is also torch's: an AssertionError, or a RuntimeError for masks.
         """
         if any_proxy(query, key, value):
             return cast("tuple[Tensor, Tensor | None]", record_module(self, locals()))

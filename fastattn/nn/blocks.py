@@ -31,8 +31,16 @@ ACTIVATIONS: dict[str, Activation] = {
 class Mlp(nn.Module):
     """c_proj(activation(c_fc(x))), then dropout: (..., E) -> (..., hidden_dim) -> (..., E).
 
-    gated: c_fc has 2 * hidden_dim outputs, the gate and the rest, and c_proj takes activation(gate) * rest:
-    SwiGLU with "silu", GeGLU with a gelu. Shazeer 2020, "GLU Variants Improve Transformer".
+    Args:
+        embed_dim, hidden_dim: E, and the width between the two products.
+        activation: a key of `ACTIVATIONS`: "gelu", "gelu_new", "gelu_pytorch_tanh", "relu" or "silu".
+        bias: whether the two linear layers have biases.
+        dropout: of the result.
+        gated: c_fc has 2 * hidden_dim outputs, the gate and the rest, and c_proj takes activation(gate) * rest:
+            SwiGLU with "silu", GeGLU with a gelu. Shazeer 2020, "GLU Variants Improve Transformer".
+
+    Raises:
+        KeyError: activation is none of these.
     """
 
     def __init__(
@@ -89,7 +97,17 @@ class _Gated(torch.autograd.Function):
 
 
 class Transform(nn.Module):
-    """norm(activation(dense(x))): (..., E) -> (..., out), without a norm where there is none."""
+    """norm(activation(dense(x))): (..., width) -> (..., out).
+
+    Args:
+        width, out: sizes of the last dimension before and after.
+        activation: a key of `ACTIVATIONS`, or "tanh".
+        bias: whether the dense layer has one.
+        norm: a module over the last dimension, None for none.
+
+    Raises:
+        KeyError: activation is none of these.
+    """
 
     def __init__(self, width: int, out: int, *, activation: str, bias: bool, norm: nn.Module | None) -> None:
         super().__init__()
@@ -98,7 +116,7 @@ class Transform(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., E) -> (..., out)."""
+        """(..., width) -> (..., out)."""
         h = remade(self.activation, self.dense(x))
         return h if self.norm is None else normalised(self.norm, h)
 
@@ -106,9 +124,14 @@ class Transform(nn.Module):
 class PreNormBlock(nn.Module):
     """x + dropout(attn(ln_1(x))), then x + mlp(ln_2(x)); causal self-attention over (B, S, E).
 
-    norm: function from width to norm module, LayerNorm by default. sandwich: the outputs of attention and MLP have
-    norms of their own, `ln_1_out` and `ln_2_out`, before they are added, as in Gemma 2. cross_attn: between the two,
-    x + dropout(cross_attn(ln_cross(x), memory)) where there is a memory.
+    Args:
+        attn: a `MultiHeadAttention` with batch_first=True.
+        mlp: the MLP.
+        norm: makes a norm module of a width; torch.nn.LayerNorm by default.
+        sandwich: the outputs of attention and MLP have norms of their own, `ln_1_out` and `ln_2_out`, before they are
+            added, as in Gemma 2.
+        dropout: of what attention and cross-attention add.
+        cross_attn: between attention and MLP, x + dropout(cross_attn(ln_cross(x), memory)) where there is a memory.
     """
 
     def __init__(
@@ -143,10 +166,12 @@ class PreNormBlock(nn.Module):
     ) -> Tensor:
         """(B, S, E) -> (B, S, E).
 
-        weights, cross_weights: lists to which the attention weights are added, (B, H, S, S) and (B, H, S, Sk); they are
-            not made without.
-        memory: what cross-attention reads.
-        visible: key_padding_mask, segment_ids, rotary and cache, as in `MultiHeadAttention.forward`.
+        Args:
+            x: (B, S, E).
+            weights, cross_weights: lists to which the attention weights are added, (B, H, S, S) and (B, H, S, Sk); they
+                are not made without.
+            memory: what cross-attention reads.
+            visible: key_padding_mask, segment_ids, rotary and cache, as in `MultiHeadAttention.forward`.
         """
         h = self._attend(normalised(self.ln_1, x), weights, **visible)
         if self.ln_1_out is not None:
@@ -185,7 +210,7 @@ class PreNormBlock(nn.Module):
 
 
 class PostNormBlock(PreNormBlock):
-    """ln_1(x + dropout(attn(x))), then ln_cross and ln_2 likewise behind cross-attention and MLP, as in BERT."""
+    """ln_1(x + dropout(attn(x))), then ln_cross and ln_2 likewise after cross-attention and MLP, as in BERT."""
 
     def forward(
         self,

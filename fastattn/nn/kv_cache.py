@@ -16,7 +16,15 @@ from fastattn.ops.kv_cache import attention_kv_cache
 class KVCache:
     """Keys and values of the tokens seen so far, written in place into (B, Hkv, capacity, D) buffers.
 
-    It carries no gradient. `length` counts the tokens held; capacity is fixed, and running past it is an error.
+    It carries no gradient. Capacity is fixed, and running past it is an error.
+
+    Args:
+        batch, num_kv_heads, capacity, head_dim: B, Hkv, the most tokens of a sequence, and D.
+        dtype, device: of the buffers; torch's defaults by default.
+
+    Attributes:
+        keys, values: the buffers, (B, Hkv, capacity, D).
+        length: the tokens held, the same number for every sequence.
     """
 
     def __init__(
@@ -40,7 +48,12 @@ class KVCache:
         return self.keys.shape[2]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, Hkv, S, D) keys and values behind those held; returns views of all of them, (B, Hkv, length, D)."""
+        """Write (B, Hkv, S, D) keys and values after those held; returns views of all of them, (B, Hkv, length, D).
+
+        Raises:
+            ValueError: their shape does not fit, the capacity does not hold them, or one of them requires grad in grad
+                mode. Nothing is written then.
+        """
         start = self.length
         end = self._end_of(key, value)
         self.keys[:, :, start:end] = key
@@ -63,10 +76,22 @@ class KVCache:
         return_weights: Any,
         **options: Any,
     ) -> Tensor | tuple[Tensor, ...]:
-        """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended; its arguments.
+        """`fastattn.attention` of a query to all tokens held, once `key` and `value` are appended.
 
         With cached tokens, `attention_kv_cache` is used where it gives the same result: without gradients, dropout,
         weights and a bias, and without a mask, unless it hides only the last keys of sequences from a single query.
+
+        Args:
+            query: (B, H, Sq, D).
+            key, value: (B, Hkv, S, D), appended as `append` does.
+            causal, mask, bias, segment_ids, key_lengths, dropout_p, return_weights, options: those of
+                `fastattn.attention`, over all tokens held.
+
+        Returns:
+            out (B, H, Sq, D), and the weights if asked for.
+
+        Raises:
+            ValueError, TypeError: as `append` and `fastattn.attention`.
         """
         more = (bias, segment_ids, key_lengths)
         is_step = (
@@ -111,7 +136,7 @@ class KVCache:
         return end
 
     def reorder(self, rows: Tensor) -> None:
-        """Sequence i becomes a copy of sequence rows[i], (B,), as beams need."""
+        """Sequence i becomes a copy of sequence rows[i], (B,) integers, as beams need."""
         to = torch.arange(len(rows), device=rows.device)
         copy_sequences((self.keys, self.values), rows, to, self.length)
 

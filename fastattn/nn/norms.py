@@ -25,6 +25,7 @@ class RMSNorm(nn.Module):
         dim: size of the last dimension.
         eps: added to the mean square.
         unit_offset: whether the weight is kept as its difference from 1.
+        device, dtype: of the weight.
     """
 
     def __init__(

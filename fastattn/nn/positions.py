@@ -17,9 +17,17 @@ from fastattn.rotary import rotated_at as rotated_at
 class Rotary:
     """Rotary position embedding: pair m of a head is turned by position * base**(-2m / rotary_dim) radians.
 
-    The first `rotary_dim` dimensions of each head turn (all of them by default) and the rest stay. Pairs are
-    (m, m + rotary_dim/2), as in Llama and GPT-NeoX, or (2m, 2m + 1) where `interleaved`, as in GPT-J. `scaling`
-    stretches the angles to longer sequences. Su et al. 2021, "RoFormer".
+    Su et al. 2021, "RoFormer".
+
+    Args:
+        head_dim: size of a head.
+        base: of the angles.
+        rotary_dim: the first so many dimensions of each head turn, an even number; the rest stay. None for all.
+        interleaved: pairs are (2m, 2m + 1), as in GPT-J; else (m, m + rotary_dim/2), as in Llama and GPT-NeoX.
+        scaling: stretches the angles to longer sequences.
+
+    Raises:
+        ValueError: rotary_dim is odd or not within 2 to head_dim, 2 under dynamic scaling, or base is not positive.
     """
 
     head_dim: int
@@ -49,10 +57,13 @@ class Rotary:
     def table(
         self, positions: Tensor, dtype: torch.dtype = torch.float32, lengths: Tensor | None = None
     ) -> RotaryTable:
-        """cos and sin of every angle, (..., rotary_dim/2), for integer positions of any shape.
+        """cos and sin of every angle, (..., rotary_dim/2), for integer positions (...) of any shape.
 
-        lengths: the tokens of each position's sequence, of a shape that goes with that of positions; by default one
-            more than a row's largest position. Only dynamic scaling depends on them.
+        Args:
+            positions: integers; the result is on their device.
+            dtype: of the angles and the result.
+            lengths: the tokens of each position's sequence, of a shape that broadcasts with that of positions; by
+                default one more than a row's largest position. Only dynamic scaling depends on them.
         """
         if self.is_dynamic and lengths is None:
             last = positions.amax(-1, keepdim=True) if positions.shape[-1] else positions[..., :0]
@@ -67,14 +78,15 @@ class Rotary:
         return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
     def apply(self, x: Tensor, table: RotaryTable) -> Tensor:
-        """Turn x (B, H, S, D) by a table made from positions (S,) or (B, S); computed in the table's dtype."""
+        """Turn x (B, H, S, D) by a table made from positions (S,) or (B, S), see `apply_rotary`."""
         return apply_rotary(x, table, interleaved=self.interleaved)
 
 
 def sinusoids(positions: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., dim): sin(position / 10000**(2i/dim)) in dimension 2i, the cosine of the same in 2i + 1.
 
-    Computed in float32 at least. Vaswani et al. 2017, "Attention Is All You Need".
+    For positions (...) of any shape. Computed in float32 at least and returned in `dtype`. Vaswani et al. 2017,
+    "Attention Is All You Need".
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, dim, 2, device=positions.device).to(wide) / dim
@@ -87,6 +99,9 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
 
     Other head counts take the n of the power of two below and then every second slope of twice that n.
     Press et al. 2022, "Train Short, Test Long".
+
+    Raises:
+        ValueError: num_heads is below 1.
     """
     if num_heads < 1:
         raise ValueError(f"num_heads: got {num_heads}, needs 1 or more")
@@ -97,7 +112,10 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """(B, S) int64: the number of real tokens before each one; padding, wherever it lies, counts for nothing."""
+    """(B, S) int64: the number of real tokens before each one; padding, wherever it lies, counts for nothing.
+
+    attention_mask: (B, S) of any dtype, nonzero = a real token.
+    """
     return ((attention_mask != 0).cumsum(-1) - 1).clamp_(min=0)
 
 
