@@ -181,7 +181,11 @@ class BertConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> BertConfig:
-        """A row of `PRESETS`, with some fields changed."""
+        """A row of `fastattn.models.presets.ENCODERS`, with some fields changed.
+
+        Raises:
+            ValueError: there is no such row, or a field does not fit. TypeError: the config has no field of that name.
+        """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})

@@ -245,7 +245,11 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """A row of `fastattn.models.presets.DECODERS`, with some fields changed; fewer layers are its first ones."""
+        """A row of `fastattn.models.presets.DECODERS`, with some fields changed; fewer layers are its first ones.
+
+        Raises:
+            ValueError: there is no such row, or a field does not fit. TypeError: the config has no field of that name.
+        """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
         row = PRESETS[name]

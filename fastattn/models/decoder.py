@@ -35,23 +35,30 @@ from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor, is_integer
 
 
 class CausalLMOutput(NamedTuple):
-    """The output of a language model; loss is None without labels."""
+    """The output of a language model.
 
-    loss: Tensor | None  # ()
-    logits: Tensor | None  # (B, S, V), or the last logits_to_keep of S; None in training, see GPT.forward
-    last_hidden_state: Tensor  # (B, S, E), after the final norm; anything at padding, as hidden_states
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): blocks' inputs, last_hidden_state
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
-    cross_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, Sk), with a memory
+    Attributes:
+        loss: () float32, None without labels; NaN where no label counts.
+        logits: (B, S, V), or the last logits_to_keep of S; None in training, see `GPT.forward`.
+        last_hidden_state: (B, S, E), after the final norm; anything at padding, as in hidden_states.
+        hidden_states: L + 1 of (B, S, E), the blocks' inputs and then last_hidden_state.
+        attentions, cross_attentions: L of (B, H, S, S), and with a memory L of (B, H, S, Sk).
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 class GPT(Pretrained, nn.Module):
     """A causal language model: embeddings, `n_layer` pre-norm blocks, a final norm and a linear head.
 
-    What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps,
-    BERT's order of norms and its head, cross-attention to an encoder.
-    Initialised as GPT-2: normal(0, initializer_range), biases 0, the two projections that add to the residual
-    stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
+    What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps, BERT's
+    order of norms and its head, cross-attention to an encoder. Initialised as GPT-2: normal(0, initializer_range),
+    biases 0, the two projections that add to the residual stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
     """
 
     families = DECODERS
@@ -94,11 +101,11 @@ class GPT(Pretrained, nn.Module):
         """Logits of the next token at every position, and the mean cross-entropy of `labels` shifted by one.
 
         Args:
-            input_ids: (B, S) token ids.
+            input_ids: (B, S) int64 or int32, token ids.
             attention_mask: (B, S), nonzero = a real token; with a cache (B, length + S). Padding on either side
                 changes nothing for real tokens: positions count real tokens only.
-            labels: (B, S), usually input_ids; the token at s + 1 is the target at s, -100 is ignored.
-            position_ids: (B, S) or (S,), in place of those counted here; under learned positions, rows of their table.
+            labels: (B, S) integers, usually input_ids; the token at s + 1 is the target at s, -100 is ignored.
+            position_ids: (B, S) or (S,) integers, in place of those counted here; if learned, rows of their table.
             segment_ids: (B, S) integers, several documents packed in a row: a token sees its own document only,
                 positions restart with each and no target crosses a boundary. Negative ids are padding.
             cache: one `KVCache` per block, as `new_cache` makes; holds earlier tokens and is appended to.
@@ -112,9 +119,8 @@ class GPT(Pretrained, nn.Module):
             labels_aligned: labels[:, s] is the target at position s, as in an `EncoderDecoder`.
 
         Raises:
-            TypeError: a list or a number stands where a tensor belongs, or the reverse.
-            ValueError: a tensor does not fit, the sequence is longer than learned positions or the cache allow, or
-                an id or a label that counts is out of range (asked on a CPU only, where it costs no synchronisation).
+            TypeError, ValueError: an argument does not fit, the sequence is longer than learned positions or the cache
+                allow, or an id or a label that counts is out of range (checked on a CPU only).
         """
         tensors = {"labels": labels, "segment_ids": segment_ids, "position_ids": position_ids}
         self._check_inputs(input_ids, attention_mask, tensors, cache, logits_to_keep)
@@ -236,7 +242,7 @@ class GPT(Pretrained, nn.Module):
         depend on its batch. The error of each is below 1/254 of the largest magnitude under the scale (activations:
         1/126 on CPUs without AVX-512 VNNI). Weights themselves, `forward` and training stay as they are; the rounded
         copies are made once and again where a weight has changed. A change through `weight.data` leaves no trace, so
-        call this again after one.
+        call this again after one. ValueError for another kind, and where modules were replaced or have hooks.
         """
         check_kind("kind", kind)
         if kind is not None and not can_decode(self):

@@ -28,11 +28,16 @@ Model = TypeVar("Model", bound="BertForEmbedding")
 
 
 class EmbeddingOutput(NamedTuple):
-    """The vectors of texts."""
+    """The vectors of texts.
 
-    embeddings: Tensor  # (B, E)
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E)
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+    Attributes:
+        embeddings: (B, E), in the dtype of the weights.
+        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+    """
+
+    embeddings: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class BertForEmbedding(PretrainedEncoder, nn.Module):
@@ -40,6 +45,19 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
     Folders are sentence-transformers': modules.json has the pooling and the scaling. A folder without it, of a bare
     encoder, gets mean pooling without scaling, as in sentence-transformers. Reimers & Gurevych 2019.
+
+    Args:
+        config: of the encoder.
+        pooling: "mean", "cls" (the first token) or "max".
+        normalize: whether vectors are scaled to length 1.
+
+    Attributes:
+        max_seq_length: tokens of a text that `encode` reads; None for all positions.
+        lower_case: whether `encode` puts texts into lower case first.
+        prompts, default_prompt_name: by name, what `encode` may put in front of texts, and which by default.
+
+    Raises:
+        ValueError: pooling or normalize is none of these.
     """
 
     with_prefix = False
@@ -84,13 +102,20 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         prompt_name: str | None = None,
         prompt: str | None = None,
     ) -> Tensor:
-        """Vectors of texts, (N, E) in their order, or (E,) of a single text; without gradients and dropout.
+        """Vectors of texts, without gradients and dropout.
 
         Args:
-            texts: are tokenised by the folder's tokenizer.json, cut to `max_seq_length` tokens.
+            texts: one or several, tokenised by the folder's tokenizer.json and cut to `max_seq_length` tokens.
             batch_size: texts at a time, those of similar lengths together.
             prompt_name: which of `prompts` to put in front of each text; `default_prompt_name` by default.
             prompt: what to put in front instead.
+
+        Returns:
+            (N, E) in the order of the texts, or (E,) of a single text; on the model's device and in its dtype.
+
+        Raises:
+            TypeError: a text or prompt is not a str.
+            ValueError: batch_size is below 1, prompt_name is unknown, or there is no tokenizer, see `tokenizer`.
         """
         single = isinstance(texts, str)
         listed = [texts] if single else list(texts)
@@ -116,7 +141,12 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
     def prepared(
         self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> list[str]:
-        """Texts as they are tokenised: in lower case where the folder asks for that, behind the prompt of `encode`."""
+        """Texts as they are tokenised: in lower case where the folder asks for that, after the prompt of `encode`.
+
+        Raises:
+            TypeError: prompt is not a str.
+            ValueError: prompt_name is unknown.
+        """
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
         front = self._prompt(prompt_name) if prompt is None else prompt

@@ -24,12 +24,19 @@ from fastattn.ops.arguments import INTEGER_DTYPES, check_tensor
 
 
 class EncoderOutput(NamedTuple):
-    """The output of an encoder; 0 at padding."""
+    """The output of an encoder, in the dtype of its weights; 0 at padding.
 
-    last_hidden_state: Tensor  # (B, S, E)
-    pooler_output: Tensor | None = None  # (B, E), where config.pooler
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E): embeddings, then behind each layer
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+    Attributes:
+        last_hidden_state: (B, S, E).
+        pooler_output: (B, E), None without config.pooler.
+        hidden_states: L + 1 of (B, S, E), the embeddings and then each layer's output; None unless asked for.
+        attentions: L of (B, H, S, S); None unless asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class Encoded(NamedTuple):
@@ -54,6 +61,10 @@ class Bert(PretrainedEncoder, nn.Module):
 
     Devlin et al. 2018; Liu et al. 2019 (RoBERTa); Sanh et al. 2019 (DistilBERT); Clark et al. 2020 (ELECTRA);
     Warner et al. 2024 (ModernBERT).
+
+    Args:
+        config: sizes and options.
+        add_pooler: False for a model without a pooler, whatever config.pooler says.
     """
 
     with_prefix = False
@@ -88,18 +99,18 @@ class Bert(PretrainedEncoder, nn.Module):
         """Hidden states of every token.
 
         Args:
-            input_ids: (B, S) token ids.
+            input_ids: (B, S) int64 or int32, token ids.
             attention_mask: (B, S), nonzero = a real token; None for no padding.
-            token_type_ids: (B, S), 0 by default; refused where the family has none.
-            position_ids: (B, S) or (S,), in place of those counted here.
+            token_type_ids: (B, S) integers, 0 by default; refused where the family has none.
+            position_ids: (B, S) or (S,) integers, in place of those counted here.
             inputs_embeds: (B, S, embedding_dim) in place of input_ids: what the token embedding would give.
             output_hidden_states: also return the embeddings and the output of each layer.
             output_attentions: also return each layer's attention weights, 0 in rows and columns of padding.
 
         Raises:
-            TypeError: something else than a tensor stands where a tensor belongs.
+            TypeError: something else than a tensor stands where a tensor belongs, or a flag is not a bool.
             ValueError: a tensor does not fit, the sequence is longer than the learned positions, or an id is out of
-                range (asked on a CPU only, where it costs no synchronisation).
+                range (checked on a CPU only, where it needs no synchronisation).
         """
         encoded = self.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,

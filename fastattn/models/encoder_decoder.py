@@ -41,16 +41,27 @@ Model = TypeVar("Model", bound="EncoderDecoder")
 
 
 class Seq2SeqOutput(NamedTuple):
-    """The output of an encoder-decoder; loss is None without labels. Names are transformers'."""
+    """The output of an encoder-decoder. Names are transformers'.
 
-    loss: Tensor | None  # ()
-    logits: Tensor | None  # (B, S, V) of the target; None in training, see EncoderDecoder.forward
-    encoder_last_hidden_state: Tensor  # (B, Ss, E), 0 at padding
-    decoder_hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E)
-    decoder_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
-    cross_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, Ss), 0 at padding of the source
-    encoder_hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, Ss, E)
-    encoder_attentions: tuple[Tensor, ...] | None = None  # L of (B, H, Ss, Ss)
+    Attributes:
+        loss: () float32, None without labels; NaN where no label counts.
+        logits: (B, S, V) of the target; None in training, see `EncoderDecoder.forward`.
+        encoder_last_hidden_state: (B, Ss, E), 0 at padding.
+        decoder_hidden_states: L + 1 of (B, S, E).
+        decoder_attentions: L of (B, H, S, S).
+        cross_attentions: L of (B, H, S, Ss), 0 at padding of the source.
+        encoder_hidden_states: L + 1 of (B, Ss, E), 0 at padding.
+        encoder_attentions: L of (B, H, Ss, Ss).
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    encoder_last_hidden_state: Tensor
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
 
 
 class EncoderDecoder(Pretrained, nn.Module):
@@ -89,21 +100,23 @@ class EncoderDecoder(Pretrained, nn.Module):
         """Logits of the next token at every position of the target, and the mean cross-entropy of `labels`.
 
         Args:
-            input_ids: (B, Ss) the source's token ids.
+            input_ids: (B, Ss) int64 or int32, the source's token ids.
             attention_mask: (B, Ss), nonzero = a real token of the source.
-            decoder_input_ids: (B, S) the decoder's input; positions are columns (RoBERTa's skip padding). By default
-                config.decoder_start_token_id and then the labels but the last, with config.pad_token_id for -100.
+            decoder_input_ids: (B, S) int64 or int32, the decoder's input; positions are columns (RoBERTa's skip
+                padding). By default config.decoder_start_token_id and then the labels but the last, with
+                config.pad_token_id for -100.
             decoder_attention_mask: (B, S), nonzero = a real token. By default all are; where decoder_input_ids are made
                 from labels, the first and all that are not padding.
-            labels: (B, S), the target at each position; -100 is ignored, and so are labels where the decoder's input is
-                padding.
-            token_type_ids: (B, Ss) of the source.
+            labels: (B, S) integers, the target at each position; -100 is ignored, and so are labels where the decoder's
+                input is padding.
+            token_type_ids: (B, Ss) integers, of the source.
             return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
                 gradients.
             output_hidden_states, output_attentions: also return these of both parts.
 
         Raises:
-            TypeError, ValueError: a tensor does not fit, as `Bert.forward` and `GPT.forward` say.
+            TypeError, ValueError: a tensor does not fit, as `Bert.forward` and `GPT.forward` say; there are neither
+                decoder_input_ids nor labels, or the config lacks a token to make them of labels.
         """
         self.encoder._check_inputs(input_ids, attention_mask, token_type_ids, None, None)
         if decoder_input_ids is None and labels is not None:
@@ -156,13 +169,15 @@ class EncoderDecoder(Pretrained, nn.Module):
     ) -> Tensor:
         """Ids of the targets, (B * num_return_sequences, P + n): the P given tokens and n new ones.
 
+        They have the dtype of decoder_input_ids, and are int64 without.
+
         Each source is encoded once and its cross-attention keys and values are computed once, for all steps and beams;
         padding of the source is left out.
 
         Args:
-            input_ids: (B, Ss) the source's token ids; attention_mask and token_type_ids (B, Ss) as in `forward`.
-            decoder_input_ids: (B, P) the first tokens of the targets; by default decoder_start_token_id of
-                generation_config or config, else bos_token_id.
+            input_ids, attention_mask, token_type_ids: (B, Ss) of the source, as in `forward`.
+            decoder_input_ids: (B, P) int64 or int32, the first tokens of the targets; by default decoder_start_token_id
+                of generation_config or config, else bos_token_id.
             options: those of `fastattn.generation.generate`, such as max_new_tokens, num_beams, do_sample, seed.
 
         Raises:

@@ -47,11 +47,18 @@ def load(
     no model is the model that its adapter_config.json names, with the adapter attached.
 
     Args:
-        path_or_id, dtype, quantize: as in `Pretrained.from_pretrained`.
+        path_or_id: a folder, or a repository's name on the Hugging Face hub.
+        dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None for what config.json says.
+        quantize: "int8" for inference with 8-bit weights; None for the weights as they are.
+
+    Returns:
+        A module of `fastattn.models`, on the CPU. A warning says so where "architectures" names no class of ours.
 
     Raises:
-        ValueError: no class of ours computes the model_type (mixtures of experts among them), before a weight is read;
-            or the folder does not fit, see `Pretrained.from_pretrained`.
+        TypeError: an argument is of another type than it needs.
+        ValueError: there is no such folder or repository; no class of ours computes the model_type (mixtures of experts
+            among them), before a weight is read; quantize is given for an adapter; or the folder does not fit, see
+            `Pretrained.from_pretrained`.
     """
     folder = resolve_folder(path_or_id)
     if _holds_adapter(folder):

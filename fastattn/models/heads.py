@@ -27,20 +27,33 @@ from fastattn.nn.linear import Linear
 
 
 class MaskedLMOutput(NamedTuple):
-    """The output of a masked language model; loss is None without labels."""
+    """The output of a masked language model.
 
-    loss: Tensor | None  # ()
-    logits: Tensor | None  # (B, S, V), 0 at padding; None in training, see BertForMaskedLM.forward
-    hidden_states: tuple[Tensor, ...] | None = None  # L + 1 of (B, S, E)
-    attentions: tuple[Tensor, ...] | None = None  # L of (B, H, S, S)
+    Attributes:
+        loss: () in float32 at least, None without labels; NaN where no label counts.
+        logits: (B, S, V), 0 at padding; None in training, see `BertForMaskedLM.forward`.
+        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class PreTrainingOutput(NamedTuple):
-    """The output of BERT's two pre-training heads; loss is the sum over the heads that have labels."""
+    """The output of BERT's two pre-training heads.
 
-    loss: Tensor | None  # ()
-    prediction_logits: Tensor | None  # (B, S, V), as MaskedLMOutput.logits
-    seq_relationship_logits: Tensor  # (B, 2): the second sentence follows the first; it does not
+    Attributes:
+        loss: () in float32 at least, the sum over the heads that have labels; None without.
+        prediction_logits: (B, S, V), as `MaskedLMOutput.logits`.
+        seq_relationship_logits: (B, 2): the second sentence follows the first; it does not.
+        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+    """
+
+    loss: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -51,20 +64,32 @@ class PreTrainingOutput(NamedTuple):
 
 
 class ClassifierOutput(NamedTuple):
-    """The output of a classifier of texts or tokens; loss is None without labels."""
+    """The output of a classifier of texts or tokens.
 
-    loss: Tensor | None  # ()
-    logits: Tensor  # (B, num_labels) or (B, S, num_labels), 0 at padding; (B, S) for tokens with one label
+    Attributes:
+        loss: () in float32 at least, None without labels; NaN where no label counts.
+        logits: (B, num_labels) for texts; (B, S, num_labels), or (B, S) with one label, for tokens, 0 at padding.
+        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
 class QuestionAnsweringOutput(NamedTuple):
-    """Where an answer starts and ends; loss is None without positions."""
+    """Where an answer starts and ends.
 
-    loss: Tensor | None  # ()
-    start_logits: Tensor  # (B, S), the lowest finite number at padding, which takes no part in a softmax
-    end_logits: Tensor  # (B, S)
+    Attributes:
+        loss: () in float32 at least, None without positions; NaN where no position counts.
+        start_logits, end_logits: (B, S), the lowest finite number at padding, which takes no part in a softmax.
+        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+    """
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -103,11 +128,11 @@ class BertForMaskedLM(PretrainedEncoder, nn.Module):
         """Logits of every token, and the mean cross-entropy at the labels.
 
         Args:
-            labels: (B, S), the words that were masked, -100 elsewhere; padding is ignored. The loss computes logits of
-                labelled tokens only.
+            labels: (B, S) integers, the words that were masked, -100 elsewhere; padding is ignored. Without
+                return_logits the loss computes logits of labelled tokens only.
             return_logits: whether to compute all logits. None = not where a model in training mode makes a loss with
                 gradients.
-            Others: as in `Bert.forward`, which says what is raised.
+            Others: as in `Bert.forward`, with its errors. Labels that do not fit are a TypeError or ValueError, too.
         """
         keep = _wants_logits(self, labels, return_logits)
         encoded = self.bert.encode_tokens(
@@ -155,9 +180,9 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
 
         Args:
             labels: as in `BertForMaskedLM.forward`.
-            next_sentence_label: (B,), 0 = the second sentence follows the first, 1 = it does not.
+            next_sentence_label: (B,) integers, 0 = the second sentence follows the first, 1 = it does not.
             return_logits: as in `BertForMaskedLM.forward`.
-            Others: as in `Bert.forward`, which says what is raised.
+            Others: as in `Bert.forward`, with its errors. Labels that do not fit are a TypeError or ValueError, too.
         """
         keep = _wants_logits(self, labels, return_logits)
         encoded = self.bert.encode_tokens(
@@ -213,7 +238,7 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
                 (B, num_labels) of 0 and 1: binary cross-entropy. For regression, (B,) or (B, num_labels) floats: mean
                 squared error. Where problem_type is None: regression if num_labels is 1, else a single label if the
                 labels are integers, else several.
-            Others: as in `Bert.forward`, which says what is raised.
+            Others: as in `Bert.forward`, with its errors. Labels that do not fit are a TypeError or ValueError, too.
         """
         encoded = self.bert.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
@@ -256,9 +281,9 @@ class BertForTokenClassification(PretrainedEncoder, nn.Module):
         """Logits of each token (B, S, num_labels), or (B, S) with one label, and a mean loss over real tokens.
 
         Args:
-            labels: (B, S) classes, cross-entropy; with one label 0 or 1, binary cross-entropy. -100 and padding are
-                ignored.
-            Others: as in `Bert.forward`, which says what is raised.
+            labels: (B, S) integers, classes: cross-entropy; with one label 0 or 1: binary cross-entropy. -100 and
+                padding are ignored.
+            Others: as in `Bert.forward`, with its errors. Labels that do not fit are a TypeError or ValueError, too.
         """
         encoded = self.bert.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
@@ -307,9 +332,9 @@ class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
         """Logits of each token to start and to end the answer, (B, S) each, and the mean of both cross-entropies.
 
         Args:
-            start_positions, end_positions: (B,) or (B, 1) columns, given together; one outside of 0 .. S - 1 is
-                ignored. The softmax is over real tokens.
-            Others: as in `Bert.forward`, which says what is raised.
+            start_positions, end_positions: columns, (B,) or (B, 1) integers, given together; one outside of
+                0 .. S - 1 is ignored. The softmax is over real tokens.
+            Others: as in `Bert.forward`, with its errors. Positions that do not fit are a TypeError or ValueError, too.
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions: needs end_positions beside it, got one of them")

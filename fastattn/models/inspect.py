@@ -14,12 +14,19 @@ INSTALL = "pip install 'fastattn[inspect]'"
 
 
 class Attribution(NamedTuple):
-    """The share of each token in a classifier's logit."""
+    """The share of each token in a classifier's logit.
 
-    scores: Tensor  # (B, S), 0 at padding; a row adds up to logit - baseline
-    target: Tensor  # (B,) int64, the class explained
-    logit: Tensor  # (B,), the model's for that class
-    baseline: Tensor  # (B,), the same without the tokens' embeddings
+    Attributes:
+        scores: (B, S), 0 at padding; a row adds up to logit - baseline.
+        target: (B,) int64, the class explained.
+        logit: (B,), the model's for that class.
+        baseline: (B,), the same without the tokens' embeddings.
+    """
+
+    scores: Tensor
+    target: Tensor
+    logit: Tensor
+    baseline: Tensor
 
 
 def attribute(

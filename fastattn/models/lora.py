@@ -92,7 +92,11 @@ def adapters_of(model: nn.Module) -> Iterator[Adapter]:
 
 
 def detach(model: Model) -> Model:
-    """Remove the adapters; returns the model with the weights, bitwise, of before `attach`, which train again."""
+    """Remove the adapters; returns the model with the weights, bitwise, of before `attach`, which train again.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
     _attached(model)
     for module in list(model.modules()):
         if isinstance(module, (LoraLinear, LoraAttention)):

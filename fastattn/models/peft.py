@@ -78,6 +78,10 @@ def load_adapter(model: Model, path_or_id: str | Path) -> Model:
 
     r, lora_alpha, use_rslora, lora_dropout and the patterns of ranks and alphas are honoured.
 
+    Args:
+        model: one of ours, of the family that the adapters were trained for; changed in place.
+        path_or_id: a folder, or a repository's name on the Hugging Face hub.
+
     Raises:
         ValueError: an option that would change the result and is not computed here (use_dora, modules_to_save, biases,
             ...), by name; or tensors that are missing, left over, of another shape or not finite, all listed.

@@ -24,13 +24,20 @@ _CHUNK = 8  # sequences at a time
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of smaller weights: perplexities of a model that generates, or cosines of an encoder's embeddings."""
+    """The effect of smaller weights: perplexities of a model that generates, or cosines of an encoder's embeddings.
 
-    options: str  # how the weights were made smaller
-    bytes_before: int  # of the matrices that are multiplied, and of all other parameters
+    Attributes:
+        options: how the weights were made smaller.
+        bytes_before, bytes_after: of the matrices that are multiplied, and of all other parameters.
+        perplexities: before and after; None for an encoder.
+        cosines: mean and least, between the embeddings before and after; None for a model that generates.
+    """
+
+    options: str
+    bytes_before: int
     bytes_after: int
-    perplexities: tuple[float, float] | None = None  # before and after
-    cosines: tuple[float, float] | None = None  # mean and least, between before and after
+    perplexities: tuple[float, float] | None = None
+    cosines: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         size = f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
@@ -55,7 +62,7 @@ def compare(
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
 ) -> Change:
-    """Load a folder as it is and with smaller weights, run both on tokens, print and return what changed.
+    """Load a folder as it is and with smaller weights, run both on tokens, print and return a `Change`.
 
     Args:
         path_or_id: a folder, or a repository's name on the Hugging Face hub.

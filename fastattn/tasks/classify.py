@@ -366,7 +366,19 @@ def predict(
     batch_size: int = BATCH_SIZE,
     top_k: int | None = None,
 ) -> list[dict[str, Any]]:
-    """For each example (text, perhaps text_pair) its labels with scores, and `cut`, the tokens that did not fit."""
+    """The labels of texts, likeliest first.
+
+    Args:
+        model: a `BertForSequenceClassification`; it runs in eval mode on its device.
+        tokenizer: the model's.
+        examples: dicts with "text" and, for pairs, "text_pair".
+        batch_size: texts at a time.
+        top_k: most labels of a text; None for all.
+
+    Returns:
+        For each example {"labels": [{"label", "score"}, ...], "cut": the number of tokens that did not fit}; score is a
+        probability, for a regression the number itself.
+    """
     texts = [(e["text"], e["text_pair"]) if "text_pair" in e else e["text"] for e in examples]
     rows = tokenizer.encode(texts, max_tokens(model, tokenizer))
     found = run(model, rows, batch_size, lambda out, i, _: decode(out.logits[i], model.config, top_k))

@@ -289,14 +289,19 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[dict[str, Any]]:
-    """For each example its vector as a list, and `cut`, the number of truncated tokens.
+    """The vectors of texts, as lists.
 
     Texts are prepared as in `BertForEmbedding.encode`: in lower case and with the default prompt where the folder
     asks for these.
 
     Args:
-        examples: with "text"; or with "ids", token ids that are read as they are, special tokens and all, at most
+        model, tokenizer: the model, run in eval mode on its device, and its tokenizer.
+        examples: dicts with "text"; or with "ids", token ids that are read as they are, special tokens and all, at most
             `longest_read` of them.
+        batch_size: texts at a time.
+
+    Returns:
+        For each example {"embedding": E numbers, "cut": the number of truncated tokens}.
     """
     texts = [e["text"] for e in examples if "ids" not in e]
     made = iter(rows_of(model, tokenizer, texts, Options()) if texts else ())

@@ -55,7 +55,22 @@ def predict(
     batch_size: int = BATCH_SIZE,
     top_k: int = TOP_K,
 ) -> list[dict[str, Any]]:
-    """For each example (text) the likeliest tokens of every mask, and `cut`, the number of truncated tokens."""
+    """The likeliest tokens of every mask of texts.
+
+    Args:
+        model: a `BertForMaskedLM` or `BertForPreTraining`; it runs in eval mode on its device.
+        tokenizer: the model's.
+        examples: dicts with "text", in which [MASK], <mask> or the tokenizer's own mask token stands for a word.
+        batch_size: texts at a time.
+        top_k: most tokens of a mask.
+
+    Returns:
+        For each example {"masks": for each mask [{"token", "text", "score"}, ...], "cut": the number of truncated
+        tokens}; score is the token's probability.
+
+    Raises:
+        ValueError: the tokenizer has no mask token, or a text has none within what the model reads.
+    """
     rows = encode(tokenizer, [e["text"] for e in examples], max_tokens(model, tokenizer))
 
     def take(outputs: Any, place: int, index: int) -> list[list[dict[str, Any]]]:

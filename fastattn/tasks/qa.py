@@ -278,10 +278,17 @@ def predict(
     top_k: int = 1,
     no_answer: bool = False,
 ) -> list[dict[str, Any]]:
-    """For each example (question, context) its likeliest answers.
+    """The likeliest answers to questions. A long context is read in windows, so that nothing is truncated.
 
-    A long context is read in windows, so that nothing is truncated. With `no_answer`, None is a possible answer, ranked
-    by its score; every result has `no_answer_score`.
+    Args:
+        model, tokenizer: a `BertForQuestionAnswering`, run in eval mode on its device, and its tokenizer.
+        examples: dicts with "question" and "context".
+        batch_size, top_k: windows at a time, and most answers to a question.
+        no_answer: whether None is a possible answer, ranked by its score.
+
+    Returns:
+        For each example {"answers": [{"answer", "score", "start", "end"}, ...], "no_answer_score", "cut": 0}; start and
+        end (exclusive) count characters of the context.
 
     Raises:
         ValueError: a question leaves no room for its context; the message has its number, from 1 on.

@@ -306,7 +306,18 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[dict[str, Any]]:
-    """For each example (text) its entities by place, and `cut`, the number of truncated tokens."""
+    """The entities of texts, by place.
+
+    Args:
+        model: a `BertForTokenClassification`; it runs in eval mode on its device.
+        tokenizer: the model's.
+        examples: dicts with "text".
+        batch_size: texts at a time.
+
+    Returns:
+        For each example {"entities": [{"entity", "start", "end", "score", "text"}, ...], "cut": the number of truncated
+        tokens}; start and end (exclusive) count characters.
+    """
     rows = tokenizer.encode([e["text"] for e in examples], max_tokens(model, tokenizer))
 
     def take(outputs: Any, place: int, index: int) -> list[dict[str, Any]]:

@@ -80,13 +80,19 @@ class Pretrained:
 
         Args:
             path_or_id: the folder, or the repository's name.
-            dtype: of the weights, such as torch.bfloat16 or "bfloat16"; None for what config.json says.
+            dtype: of the weights, such as torch.bfloat16 or "bfloat16": float32, bfloat16, float16 or float64; None for
+                what config.json says.
             quantize: "int8" for inference with 8-bit weights, see `quantize`.
             new: patterns (fnmatch) of parameters to initialise whatever the folder holds, such as "classifier.*".
             **changes: fields of the config to change, such as num_labels.
 
+        Returns:
+            The model, on the CPU; its `load_report` says what was dropped and initialised.
+
         Raises:
-            TypeError, ValueError: an argument; or the folder, with the file and everything in it that does not fit.
+            TypeError: an argument is of another type than it needs, or the config has no field of that name.
+            ValueError: an argument is out of range, there is no such folder or repository, or the folder does not fit;
+                the message names the file and everything in it that does not.
         """
         check_kind("quantize", quantize)
         model = cast(Model, load_model(cls, path_or_id, dtype=dtype, new=new, changes=changes))
@@ -100,6 +106,9 @@ class Pretrained:
         A weight has a scale for each output and an activation one for each token. The weights themselves stay, for
         training, gradients and `save_pretrained`; the rounded copies are made once and again where a weight changed.
         A change through `weight.data` leaves no trace, so call this again after one.
+
+        Raises:
+            ValueError: kind is neither "int8" nor None.
         """
         quantize_linears(cast(nn.Module, self), kind)
         self.quantized = kind
@@ -116,15 +125,22 @@ class Pretrained:
         """Write the model's folder in transformers' format where its family has one; all files appear together.
 
         config.json, model.safetensors (several with an index over max_shard_size), generation_config.json for models
-        that generate, README.md unless the folder has one that was edited, and a tokenizer's files: of `tokenizer`
-        (any object with save_pretrained), else those of the folder the model was loaded from. Other files in
+        that generate, README.md unless the folder has one that was edited, and a tokenizer's files. Other files in
         `directory` stay.
 
-        quantize="int8" writes the matrices of the numbered layers as 8-bit numbers with a scale for each output, a
-        quarter of their bytes; only this package reads such a folder, as weights rounded so and with `quantize`.
+        Args:
+            directory: the folder; made where there is none.
+            max_shard_size: most bytes of a weights file, a number or text such as "500MB".
+            tokenizer: any object with save_pretrained; None for the files of the folder the model was loaded from.
+            quantize: "int8" writes the matrices of the numbered layers as 8-bit numbers with a scale for each output, a
+                quarter of float32's bytes. Only this package reads such a folder, as weights rounded so and with
+                `quantize`.
 
         Raises:
-            TypeError, ValueError: an argument. OSError: what writing met; `directory` is as it was.
+            TypeError: tokenizer or max_shard_size is of another type than it needs.
+            ValueError: an argument is out of range, the model has adapters or parameters without values, or no format
+                can say its config.
+            OSError: writing failed; `directory` is as it was.
         """
         if any(".lora." in name for name, _ in cast(nn.Module, self).named_parameters()):
             raise ValueError(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class LoadReport:
     """The differences between a file and the model that was loaded from it.
 
-    dropped: tensors of the file that the family knows and this model does not use: other heads, old buffers.
-    new: parameters that the file does not have; the caller named them and they were initialised.
+    Attributes:
+        dropped: tensors of the file that the family knows and this model does not use: other heads, old buffers.
+        new: parameters that the file does not have; the caller named them and they were initialised.
     """
 
     dropped: tuple[str, ...] = ()
