@@ -51,14 +51,15 @@ def generate(
     use_cache: bool = True,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """Prompt and continuation ids, (B * num_return_sequences, S + n) with n <= max_new_tokens.
+    """Continue prompts token by token: greedily, by sampling or by beam search.
 
     Runs in eval mode and restores the mode. An argument that is None takes its value from the model's
     `generation_config` (a checkpoint's generation_config.json), else it has no effect.
 
     Args:
-        input_ids: (B, S) prompts, padded on either side where lengths differ.
-        attention_mask: (B, S), nonzero = a real token; None = all are.
+        model: a `CausalLM`, such as `fastattn.models.GPT`.
+        input_ids: (B, S) int64 or int32, prompts, padded on either side where lengths differ; S is 1 or more.
+        attention_mask: (B, S), nonzero = a real token, of which each row has one; None = all are.
         max_new_tokens: most tokens to add, 20 by default; fewer where every row has ended.
         do_sample: draw from the distribution, else take the most likely token.
         temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
@@ -81,19 +82,26 @@ def generate(
             penalties, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
             in one step. Guessing stops where it does not pay, which is timed in the run. The result is the same as
-            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
-        prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
+            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding. Not with
+            num_beams, logits_processor or use_cache=False.
+        prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory. Not with use_cache=False.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.
         generator: draws the seed; at most one of both.
         use_cache: keep keys and values; if False, every step recomputes the whole sequence. The result is the same,
             except under "dynamic" rotary scaling past the original length, where cached keys keep their angles.
         batch_invariant: logits, and so tokens, have the bits that their row has alone. Slower: prompts are read one by
-            one, and a step's products made in blocks of a fixed number of rows.
+            one, and a step's products made in blocks of a fixed number of rows. Not with use_cache=False.
+
+    Returns:
+        Prompt and continuation ids, (B * num_return_sequences, S + n) with n <= max_new_tokens, in the dtype of
+        input_ids; rows that ended early are filled with pad_token_id.
 
     Raises:
         TypeError: an argument is of another type than it needs.
-        ValueError: an argument is out of range, options do not go together, or the model's logits are not finite.
+        ValueError: an argument is out of range, options do not go together, prompt and max_new_tokens exceed the
+            model's learned positions, batch_invariant or prompt_lookup_num_tokens is asked of a model without a
+            decoder, generation_config asks for what is not computed here, or the model's logits are not finite.
     """
     options = Options(
         max_new_tokens=max_new_tokens,

@@ -32,13 +32,18 @@ def stream_text(
     until that is decided. An incomplete character at the very end is left out.
 
     Args:
-        input_ids: (1, S) the prompt, or an encoder-decoder's source; attention_mask (1, S) where it is padded.
+        model: a `CausalLM`, such as `fastattn.models.GPT`, or a `fastattn.models.EncoderDecoder`.
+        input_ids: (1, S) int64 or int32, the prompt, or an encoder-decoder's source.
+        attention_mask: (1, S), nonzero = a real token; None = all are.
         tokenizer: has decode(ids, skip_special_tokens=True).
         options: those of `generate`, but for beams and several sequences; for an encoder-decoder decoder_input_ids and
             token_type_ids too.
 
+    Returns:
+        An iterator of str; each step of it runs the model in eval mode and restores the mode.
+
     Raises:
-        TypeError, ValueError: as `generate`, before any work.
+        TypeError, ValueError: as `generate`; for arguments when this is called, before any work.
     """
     if tokenizer is None:
         raise TypeError("tokenizer: got NoneType, needs a tokenizer, which has decode(ids)")
@@ -59,8 +64,16 @@ def stream_ids(
 ) -> Iterator[list[int]]:
     """The ids of a prompt's continuation in lists: one id a step, more where guesses were right.
 
-    With stop strings an id is yielded once none of its characters can belong to one. Arguments and errors are those of
-    `stream_text`; tokenizer is needed for stop strings only.
+    With stop strings an id is yielded once none of its characters can belong to one.
+
+    Args:
+        model, input_ids, attention_mask, options: those of `stream_text`; tokenizer is needed for stop strings only.
+
+    Returns:
+        An iterator of lists of int.
+
+    Raises:
+        TypeError, ValueError: as `stream_text`.
     """
     row, steps = _one_row(model, input_ids, attention_mask, options)
 
