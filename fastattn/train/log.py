@@ -17,7 +17,7 @@ Record = dict[str, Any]
 class RunLog:
     """Appends records to a file, each on disk before the next step, and keeps them in `records`.
 
-    Every record has "event" ("train", "eval", "warning", "diverged" or "end") and "step".
+    Every record has "event" ("train", "eval", "sample", "warning", "diverged" or "end") and "step".
 
     Args:
         path: the file, or None to keep records in memory only.

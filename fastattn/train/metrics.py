@@ -36,7 +36,13 @@ PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per target (nats) over a data set, and further metrics of the model by name."""
+    """The result of an evaluation.
+
+    Attributes:
+        loss: mean per target over the data set, for a cross-entropy in nats.
+        targets: the number of targets.
+        figures: further metrics of the model by name, those of evaluate_with.
+    """
 
     loss: float
     targets: int

@@ -47,6 +47,9 @@ def load_config(
         overrides: command-line words.
         defaults: values to start from, per section.
 
+    Returns:
+        For each section's name its dataclass with the options.
+
     Raises:
         ConfigError: the file is missing or not a mapping of sections, a section or key is unknown (the message has the
             nearest name) or ambiguous, a required option is missing, or a value has the wrong type or range.
@@ -79,7 +82,15 @@ def given_options(
 
 
 def save_config(sections: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write resolved sections (dataclasses) as a YAML file that `load_config` reads back to equal ones."""
+    """Write sections as a YAML file that `load_config` reads back to equal ones.
+
+    Args:
+        sections: name of each section and its options, a dataclass.
+        path: the file; its directory is created if it does not exist.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     values = {name: dataclasses.asdict(section) for name, section in sections.items()}
     for options in values.values():
         options.update({key: list(value) for key, value in options.items() if isinstance(value, tuple)})

@@ -38,12 +38,20 @@ class TrainState:
 class FitResult:
     """The result of `Trainer.fit`.
 
-    stopped: the reason for its end; interrupted: whether that was a signal. first, best, last: evaluations before
-    training, with the best metric (by default the lowest loss), and at the end; None without dev_data. seconds: wall
-    time of the whole run, evaluations and earlier parts of a resumed run included. flops: floating-point operations of
-    its training steps, counted on one batch and scaled by tokens; None where a signal ended the run before that.
-    peak_memory: bytes, of the CUDA device or of this process. log: the records of log.jsonl (empty on ranks other
-    than 0). checkpoint: the value for `resume`.
+    Attributes:
+        stopped: the reason for its end.
+        interrupted: whether that was a signal.
+        steps: optimiser steps, those of earlier parts of a resumed run included.
+        epochs: passes over the training data, a fraction included.
+        tokens: tokens of all steps and processes that the model read, padding left out where there is a mask.
+        seconds: wall time of the whole run, evaluations and earlier parts of a resumed run included.
+        flops: floating-point operations of its training steps, counted on one batch and scaled by tokens; None where a
+            signal ended the run before that.
+        peak_memory: bytes, of the CUDA device or of this process.
+        first, best, last: evaluations before training, with the best metric (by default the lowest loss), and at the
+            end; None without dev_data.
+        log: the records of log.jsonl; empty on ranks other than 0.
+        checkpoint: the folder of the last checkpoint, a value for `resume`.
     """
 
     stopped: str

@@ -79,9 +79,11 @@ class Trainer:
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
 
     Raises:
-        ConfigError: the output directory, the disk, the device or the precision cannot be used.
+        ConfigError: the output directory, the disk, the device or the precision cannot be used, a tracker is not
+            installed, or update_in_backward is asked of several processes.
         TypeError: an argument has a wrong type.
-        ValueError: a data set is empty, or the model has nothing to train.
+        ValueError: a data set is empty, the model has nothing to train, or no blocks for activation_checkpointing or
+            Muon, or evaluate_with, best and show_with do not fit each other or dev_data.
     """
 
     def __init__(
@@ -184,6 +186,10 @@ class Trainer:
 
         Raises:
             TrainingDiverged: the loss or a gradient is not finite; the newest checkpoint is from before that.
+            ConfigError: the run that is resumed had other options that decide the order of data or the state, or its
+                checkpoint is damaged.
+            ValueError: all labels of dev_data are ignored, or a metric of evaluate_with is missing or not a number.
+            OSError: a file of the run cannot be written.
             KeyboardInterrupt: Ctrl-C came a second time, before the checkpoint was written.
             RuntimeError: this trainer has run before; a new one with resume="auto" continues the run.
         """
@@ -256,8 +262,16 @@ class Trainer:
         )
 
     def evaluate(self, data: Examples | None = None) -> Evaluation:
-        """Mean loss per target over `data` (default: dev_data, with evaluate_with's metrics), of the averaged weights
-        if there are any; random generators are restored.
+        """Mean loss per target of the averaged weights if there are any, else of the weights themselves.
+
+        Random generators are restored. All processes call it together.
+
+        Args:
+            data: items by index, as train_data; None for dev_data.
+
+        Returns:
+            An `Evaluation` with `loss`, `perplexity`, `targets`, and for dev_data the metrics of evaluate_with as
+            `figures`.
 
         Raises:
             ValueError: there is no data, or all its labels are ignored.
