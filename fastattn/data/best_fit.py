@@ -79,7 +79,9 @@ class BestFitDataset:
         cut, cut_rows: `dropped`, and the number of texts longer than a row, which the caller sets.
 
     Raises:
-        ValueError: a piece is empty or longer than the block with its BOS, or no piece has a token that counts.
+        TypeError: an argument is of another type than it needs.
+        ValueError: an array has another dtype or shape, a piece is empty or longer than the block with its BOS, or no
+            piece has a token that counts.
     """
 
     def __init__(
@@ -121,7 +123,16 @@ class BestFitDataset:
     def of_stream(
         cls, stream: TokenStream, block_size: int, *, bos_id: int | None = None, pad_id: int = 0
     ) -> BestFitDataset:
-        """The documents of a stream; documents longer than a row are divided into pieces as long as a row."""
+        """The documents of a stream; documents longer than a row are divided into pieces as long as a row.
+
+        Args:
+            stream: the tokens.
+            block_size, bos_id, pad_id: as for the class.
+
+        Raises:
+            TypeError: stream is not a TokenStream, or a number is not an integer.
+            ValueError: block_size is below 2, an id below 0, or no piece has a token that counts.
+        """
         if not isinstance(stream, TokenStream):
             raise TypeError(f"stream: got a {type(stream).__name__}, needs a TokenStream")
         room = check_integer("block_size", block_size, 2, MAX_INT32) - (bos_id is not None)

@@ -88,9 +88,13 @@ class TextFiles:
         paths: one path or several.
         max_document: characters of the longest document yielded.
 
+    It can be iterated any number of times, and gives a str for each document, which ends in one line end.
+
     Raises:
-        DataError: a path is missing, a directory, not a regular file, unreadable, empty or only white space,
-            binary, or not UTF-8. All of every file is checked at construction.
+        DataError: there is no path, or a path is missing, a directory, not a regular file, unreadable, empty or only
+            white space, binary, or not UTF-8. All of every file is checked at construction.
+        TypeError: paths is neither a path nor a sequence of them, or max_document is not an integer.
+        ValueError: max_document is below 1.
     """
 
     def __init__(

@@ -30,8 +30,11 @@ ENCODE_CHARACTERS = 1 << 20  # characters that are tokenised at a time
 class TokenStream:
     """Documents as one run of token ids, each followed by the end-of-text token.
 
-    tokens: (N,) uint16 or uint32, possibly memory-mapped. starts: (documents,) int64, increasing from 0: the first
-    token of each document.
+    Its length is N, and a slice of it (step 1) is the stream of that part.
+
+    Attributes:
+        tokens: (N,) uint16 or uint32, possibly memory-mapped.
+        starts: (documents,) int64, increasing from 0: the first token of each document.
     """
 
     tokens: npt.NDArray[np.unsignedinteger]
@@ -46,8 +49,15 @@ class TokenStream:
     ) -> TokenStream:
         """Tokenise documents, into memory or, given a directory, into files there that are then memory-mapped.
 
+        Args:
+            documents: texts, read once; those without a token are left out.
+            tokenizer: its ids are kept as uint16 where the vocabulary fits, else as uint32.
+            directory: created if it does not exist; an earlier stream there is replaced.
+
         Raises:
             DataError: the documents hold no token.
+            TypeError: documents is one text or holds something else than texts, or tokenizer is not a tokenizer.
+            OSError: a file cannot be written.
         """
         check_texts("documents", documents)
         if not all(hasattr(tokenizer, name) for name in ("encode_batch", "eos_id", "vocab_size")):
@@ -65,7 +75,11 @@ class TokenStream:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> TokenStream:
-        """Memory-map a stream that `build` wrote."""
+        """Memory-map a stream that `build` wrote.
+
+        Raises:
+            DataError: the directory holds no such stream, or a damaged one.
+        """
         folder = Path(directory)
         try:
             meta = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
@@ -157,7 +171,11 @@ def split(
         validation_fraction: share of tokens held out, within (0, 1).
         by: "document" splits at the document boundary nearest to that share; "position" at exactly that token.
 
+    Returns:
+        (training, validation).
+
     Raises:
+        TypeError: an argument is of another type than it needs.
         ValueError: the fraction is out of range, a part would have fewer than 2 tokens, or there is no boundary.
     """
     if not isinstance(stream, TokenStream):
@@ -198,7 +216,8 @@ class PackedDataset:
         drop_last: drop the last block when it is not full.
 
     Raises:
-        ValueError: block_size is below 2, or the stream is too short for a block.
+        TypeError: an argument is of another type than it needs.
+        ValueError: block_size is below 2, pad_id below 0, or the stream is too short for a block.
     """
 
     def __init__(

@@ -41,6 +41,13 @@ class Tokenizer:
         pad_token: fills short rows; None uses the end-of-text token.
         settings: further entries of tokenizer_config.json, kept when it is saved.
         chat_template: the template of conversations in Jinja; None if there is none.
+
+    Attributes:
+        eos_id, pad_id: the ids of eos_token and pad_token.
+
+    Raises:
+        TypeError: an argument is of another type than it needs.
+        ValueError: eos_token or pad_token is not in the vocabulary.
     """
 
     def __init__(
@@ -81,7 +88,11 @@ class Tokenizer:
         return self.core.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no special token is added, and special tokens written in the text keep their ids."""
+        """Token ids of `text`; no special token is added, and special tokens written in the text keep their ids.
+
+        Raises:
+            TypeError: text is not a str.
+        """
         check_text("text", text)
         return self.core.encode(text, add_special_tokens=False).ids
 
@@ -94,7 +105,15 @@ class Tokenizer:
         return [encoding.ids for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; TypeError or ValueError for an invalid token id."""
+        """The text of `ids`.
+
+        Args:
+            ids: integers, Python's, NumPy's or torch's; ids beyond the vocabulary give no text.
+            skip_special_tokens: leave special tokens out.
+
+        Raises:
+            TypeError: ids is not a sequence of integers. ValueError: an id is below 0 or over 2**32 - 1.
+        """
         check_flag("skip_special_tokens", skip_special_tokens)
         if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
             raise TypeError(f"ids: got a {type(ids).__name__}, needs a sequence of token ids")
@@ -113,6 +132,13 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer also loads.
 
         A chat template goes to chat_template.jinja.
+
+        Args:
+            directory: the folder, which is created if it does not exist.
+            max_length: most tokens of a text, written as "model_max_length"; None for none.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,6 +250,11 @@ def train_characters(
     Characters beyond the `vocab_size` most frequent ones, or with fewer than `min_frequency` occurrences, become
     `<|unknown|>`, which decodes to an empty text. Special tokens are the end of text (id 0),
     padding (1) and the unknown character (2).
+
+    Args:
+        documents: the text; read once.
+        vocab_size: most tokens, special ones included.
+        min_frequency: a character seen less often is unknown.
 
     Raises:
         TypeError: documents is one text, or an argument has a wrong type.
