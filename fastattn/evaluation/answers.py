@@ -52,6 +52,10 @@ def answers(references: Sequence[Sequence[str]], predictions: Sequence[str | Non
     Args:
         references: for each question the right answers; an empty list where the context has none.
         predictions: for each question a text, or None for no answer.
+
+    Raises:
+        TypeError: references holds texts instead of lists of texts.
+        ValueError: there is no question, or the numbers of references and predictions differ.
     """
     count = check_pairs(references, predictions)
     if isinstance(references[0], str):

@@ -20,7 +20,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*|\n\s*\n"
 
 
 def majority(labels: Sequence[Label]) -> Label:
-    """The most frequent label; of equally frequent ones the first in alphabetical order."""
+    """The most frequent label; of equally frequent ones the first in alphabetical order.
+
+    Raises:
+        ValueError: there is no label.
+    """
     counts = Counter(labels)
     return min(counts, key=lambda label: (-counts[label], str(label)))
 
@@ -41,6 +45,14 @@ def tfidf_classifier(
 
     Words and pairs of words with sublinear counts; 1 to 3 characters where texts are mostly in Han or kana.
 
+    Args:
+        texts, labels: to train on, two different labels at least.
+        evaluated: the texts to label.
+        names: L labels, those of the training texts among them.
+
+    Returns:
+        (N, L), N evaluated texts.
+
     Raises:
         MissingPackage: scikit-learn is not installed.
     """
@@ -54,7 +66,11 @@ def tfidf_classifier(
 
 
 def tfidf_similarity(first: Sequence[str], second: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Cosines of the TF-IDF vectors of pairs of texts; document frequencies are those of all texts given."""
+    """Cosines (N,) of the TF-IDF vectors of N pairs of texts; document frequencies are those of all texts given.
+
+    Raises:
+        MissingPackage: scikit-learn is not installed.
+    """
     vectors = _vectors([*first, *second]).fit([*first, *second])
     a, b = vectors.transform(first), vectors.transform(second)
     return np.asarray(a.multiply(b).sum(1)).ravel()

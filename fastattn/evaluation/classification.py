@@ -26,9 +26,14 @@ def single_label(
     reliability (a row for each bin that holds an example).
 
     Args:
-        references: (N,) numbers of labels.
+        references: (N,) integers, numbers of labels from 0.
         probabilities: (N, L), each row a distribution.
         labels: L names.
+        bins: of the calibration.
+
+    Raises:
+        ValueError: there is no example, a shape does not fit, a reference is not the number of a label, or a
+            probability is not within [0, 1].
     """
     count = check_pairs(references, np.asarray(probabilities), "probabilities")
     scores = _scores(probabilities, count, len(labels))
@@ -75,6 +80,11 @@ def multi_label(
         references: (N, L), 1 where the label applies, else 0.
         probabilities: (N, L).
         labels: L names.
+        bins: of the calibration.
+
+    Raises:
+        ValueError: there is no example, a shape does not fit, a reference is neither 0 nor 1, or a probability is not
+            within [0, 1].
     """
     expected = np.asarray(references)
     count = check_pairs(expected, np.asarray(probabilities), "probabilities")
@@ -106,6 +116,14 @@ def calibration(
     """The expected calibration error and, for each bin with examples, its edges, count, mean confidence and accuracy.
 
     Bin m of M holds the confidences within (m / M, (m + 1) / M], 0 with the first.
+
+    Args:
+        confidence: (N,), within [0, 1].
+        right: (N,) bool, whether the decision was right.
+        bins: M.
+
+    Returns:
+        The error, and a dict for each bin: low, high, count, confidence, accuracy.
     """
     edges = np.linspace(0.0, 1.0, bins + 1)
     of_bin = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)

@@ -22,6 +22,7 @@ def texts(
 
     Raises:
         MissingPackage: sacrebleu is not installed.
+        ValueError: there is no text, the numbers of references and predictions differ, or a text has no reference.
     """
     count = check_texts(references, predictions)
     scores, signatures = machine_translation(references, predictions, tokenize=tokenize)

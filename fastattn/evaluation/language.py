@@ -20,6 +20,9 @@ def language(loss_sum: float, tokens: int, size: int, *, unknown: int = 0, docum
         size: bytes of their text in UTF-8.
         unknown: number of them that are the unknown token.
         documents: number of documents of the text.
+
+    Raises:
+        ValueError: tokens or size is below 1.
     """
     if tokens < 1 or size < 1:
         raise ValueError(f"tokens, size: got {tokens} and {size}, needs at least one token and one byte")

@@ -43,7 +43,11 @@ def plot_reliability(report: Report, path: str | Path) -> Path:
 def plot_confusion(report: Report, path: str | Path) -> Path:
     """Draw the confusion table, references down and predictions across, shaded by the share of each reference.
 
-    Raises as `plot_reliability`.
+    Returns the path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the report has no confusion table, or the path ends with neither .png nor .svg.
     """
     table, target = _table(report, "confusion"), _target(path, "plot_confusion")
     names: Sequence[str] = table["labels"]

@@ -9,7 +9,14 @@ from fastattn.evaluation.report import Report, check_pairs
 
 
 def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
-    """pearson, spearman, mse and mae of predictions (N,); a correlation with a constant is NaN."""
+    """pearson, spearman, mse and mae of predictions; a correlation with a constant is NaN.
+
+    Args:
+        references, predictions: (N,) finite numbers.
+
+    Raises:
+        ValueError: there is no number, the shapes differ, or a number is not finite.
+    """
     expected, given = np.asarray(references, np.float64), np.asarray(predictions, np.float64)
     count = check_pairs(expected, given)
     for name, values in (("references", expected), ("predictions", given)):

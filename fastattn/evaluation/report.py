@@ -11,9 +11,12 @@ from typing import Any
 class Report:
     """Metrics of a whole set.
 
-    metrics: name -> value, a share within [0, 1] unless docs/evaluation.md says otherwise; NaN where it is undefined.
-    count: number of examples, or of tokens for a language model. tables: further results, in JSON's types. signatures:
-    sacrebleu's signature of a metric, by its name.
+    Attributes:
+        metrics: name -> value, a share within [0, 1] unless docs/evaluation.md says otherwise; NaN where it is
+            undefined.
+        count: number of examples, or of tokens for a language model.
+        tables: further results by name, in JSON's types.
+        signatures: sacrebleu's signature of a metric, by its name.
     """
 
     metrics: dict[str, float]

@@ -44,6 +44,10 @@ def entity_f1(references: Sequence[Sequence[str]], predictions: Sequence[Sequenc
 
     Args:
         references, predictions: a sequence of tags for each sentence, of equal lengths.
+
+    Raises:
+        ValueError: there is no sentence, numbers of sentences or tags differ, or a tag is neither O nor B- or I- with
+            a type.
     """
     count = check_pairs(references, predictions)
     expected: Counter[str] = Counter()
