@@ -30,7 +30,12 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation's tokens, and for each whether it is the assistant's."""
+    """A conversation's tokens.
+
+    Attributes:
+        ids: the tokens.
+        said: for each, whether it is the assistant's.
+    """
 
     ids: list[int]
     said: list[bool]
@@ -45,7 +50,7 @@ class ChatTemplate:
         tokens: special tokens that the source uses, as bos_token.
 
     Raises:
-        DataError: the source is not Jinja.
+        DataError: the source is not Jinja, or the package jinja2 is missing.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -66,6 +71,10 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text; with `add_generation_prompt`, up to the start of the assistant's next message.
 
+        Args:
+            messages: dicts with "role" and "content".
+            add_generation_prompt: whether the assistant's next message begins at the end.
+
         Raises:
             DataError: the template raises an error for the messages.
         """
@@ -75,8 +84,8 @@ class ChatTemplate:
         """The conversation as text, and the spans of the assistant's characters, by first and last (exclusive).
 
         Raises:
-            DataError: the text of earlier messages changes when a message follows, so that the assistant's part is
-                unknown.
+            DataError: the template raises an error for the messages, or the text of earlier messages changes when a
+                message follows, so that the assistant's part is unknown.
         """
         marked = self._render(messages, False)
         if self.marks_generation:
@@ -111,8 +120,15 @@ def encode_dialogue(
 ) -> Dialogue:
     """A conversation's tokens; the assistant's are those that begin in its text, up to its last end of turn.
 
-    ends: tokens that end generation. Text that the template writes after them, such as a line end, is not the
-    assistant's.
+    Args:
+        tokenizer: turns the rendered conversation into tokens, without adding special ones.
+        template: renders the conversation.
+        messages: dicts with "role" and "content".
+        ends: ids of tokens that end generation. Text that the template writes after them, such as a line end, is not
+            the assistant's.
+
+    Raises:
+        DataError: the template raises an error for the messages, or does not tell which text is the assistant's.
     """
     text, spans = template.spans(messages)
     encoding = tokenizer.core.encode(text, add_special_tokens=False)

@@ -26,7 +26,15 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | None = None) -> FastAPI:
-    """The application that serves models by their names; their threads start and end with it."""
+    """The application that serves models by their names; their threads start and end with it.
+
+    Args:
+        models: name -> model, as `fastattn.serve.served.load_all` makes them of folders.
+        options: the limits of requests; None for the defaults.
+
+    Returns:
+        An ASGI application, for uvicorn or another server.
+    """
     limits = options or ServeOptions()
     metrics = Metrics(models)
     state = {"closing": False}

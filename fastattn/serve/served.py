@@ -90,7 +90,15 @@ def _card(name: str, created: int, task: str) -> dict[str, Any]:
 
 
 def load_all(folders: Sequence[Path], options: ServeOptions) -> dict[str, Decoder | Encoder]:
-    """The models by the names of their folders; InputError for folders that cannot be served."""
+    """The models of folders by the folders' names, for `fastattn.serve.app.create_app`.
+
+    Args:
+        folders: of decoders, encoders or encoder-decoders, with their tokenizers.
+        options: device, dtype and the sizes of the engines.
+
+    Raises:
+        InputError: a folder cannot be served, or two have one name.
+    """
     names = [name_of(folder) for folder in folders]
     for name in names:
         if names.count(name) > 1:

@@ -73,7 +73,7 @@ def log_to_stderr() -> None:
 def serve(
     folders: Sequence[Path], host: str, port: int, options: ServeOptions, say: Callable[[str], None]
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then take nothing new and finish what runs.
+    """Serve until SIGTERM or SIGINT; then take nothing new and finish what runs, within options.drain seconds.
 
     Raises:
         InputError: a folder cannot be served, a package is missing, or the address cannot be used.

@@ -31,7 +31,15 @@ OF_CLASSES = ("ece", "log_loss")  # metrics of probabilities, which baselines do
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The figures that the command prints."""
+    """The figures that `fastattn evaluate` prints.
+
+    Attributes:
+        task: the name of the task.
+        folder: the model's folder.
+        report: the model's metrics.
+        baselines: name of a baseline -> its metrics.
+        seconds: wall time.
+    """
 
     task: str
     folder: str
@@ -79,10 +87,25 @@ def evaluate(
     batch_size: int | None = None,
     plots: Path | None = None,
 ) -> Evaluation:
-    """Evaluate a folder; see the command's help for the arguments.
+    """Evaluate a model's folder on labelled data, on a GPU if there is one: what `fastattn evaluate` does.
+
+    Args:
+        folder: of the model, with its tokenizer.
+        data: files, folders or data sets with labelled examples, as `read_records` takes them; one at least.
+        task: the task's name, as "classify"; None for that of the folder's head.
+        baseline: methods to evaluate as well: "majority", "tfidf", "lead" or "copy", as the task has them.
+        train: labelled examples to train majority and tfidf on.
+        columns: "FIELD=COLUMN", the file's column for a field of the task.
+        options: "KEY=VALUE", options of the task, as "max_length=256".
+        batch_size: texts at a time, which does not change the metrics; None for the task's.
+        plots: folder for the reliability plot and the confusion table of a classifier; None for none.
+
+    Returns:
+        An `Evaluation`; docs/evaluation.md says what each metric is.
 
     Raises:
-        InputError: an argument, a file or the folder cannot be used; the message is one line.
+        InputError: a ValueError whose message is one line: an argument, a file or the folder cannot be used, or a
+            package is missing.
     """
     begun = time.monotonic()
     module = task_of(folder, task)

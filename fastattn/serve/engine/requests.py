@@ -21,26 +21,41 @@ from fastattn.generation.text import RowText
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability, by the model's own logits, and those of the likeliest tokens in its place."""
+    """A token's log-probability, by the model's own logits, and those of the likeliest tokens in its place.
+
+    Attributes:
+        token: its id.
+        logprob: natural logarithm; None for the first token of a prompt.
+        top: (id, log-probability) of the likeliest tokens, the likeliest first.
+    """
 
     token: int
-    logprob: float | None  # None for the first token of a prompt
-    top: list[tuple[int, float]] = field(default_factory=list)  # the likeliest first
+    logprob: float | None
+    top: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass
 class Output:
-    """News of one continuation. `error` ends the whole request."""
+    """News of one continuation.
 
-    index: int = 0  # which of the request's continuations
-    text: str = ""  # what it grew by: whole characters only, and nothing of a stop string
-    tokens: list[int] = field(default_factory=list)  # what it grew by
-    scores: list[TokenScore] = field(default_factory=list)  # of these tokens, where asked for
-    prompt_scores: list[TokenScore] = field(
-        default_factory=list
-    )  # once, of the whole prompt, where asked for
-    finish: str | None = None  # "stop" or "length" with the last news of a continuation
-    made: int = 0  # tokens that the model chose in all, those of a stop string included
+    Attributes:
+        index: which of the request's continuations.
+        text: what it grew by: whole characters only, and nothing of a stop string.
+        tokens: the ids that it grew by.
+        scores: of these tokens, where asked for.
+        prompt_scores: of the whole prompt, once, where asked for.
+        finish: "stop" or "length" with the last news of a continuation.
+        made: tokens that the model chose in all, those of a stop string included.
+        error: ends the whole request.
+    """
+
+    index: int = 0
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    finish: str | None = None
+    made: int = 0
     error: Exception | None = None
 
 
