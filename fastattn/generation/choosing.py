@@ -80,7 +80,7 @@ class Chooser:
     def __call__(self, logits: Tensor, position: int | Tensor) -> Tensor:
         """Tokens (R,) after logits (R, V), NOT_FINITE where none can be chosen.
 
-        position: tokens that each sequence has behind its prompt, one number or (R,).
+        position: tokens that each sequence has after its prompt, one number or (R,).
         """
         if self.scores.changes:
             logits = self.scores(logits)
@@ -91,7 +91,7 @@ class Chooser:
     def several(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
         """Tokens (R, n) after logits (R, n, V) of consecutive positions, where choices are `independent`.
 
-        counts: tokens that each sequence has behind its prompt at the first of these positions.
+        counts: tokens that each sequence has after its prompt at the first of these positions.
         """
         if self.draws is None:
             return greedy(logits)
@@ -107,7 +107,7 @@ class Chooser:
 
 
 def refuse_not_finite(place: int) -> NoReturn:
-    """place: how many tokens behind the prompt the logits are that no token can be chosen by."""
+    """place: how many tokens after the prompt the logits are that no token can be chosen by."""
     raise GenerationError(
         f"model: its logits for token {place} after the prompt are not finite, "
         f"so no token can be chosen; look for NaN or infinite weights"

@@ -48,8 +48,8 @@ class Lookup:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids: list[int] = []
-        self.places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]  # the place behind those tokens
-        self.place: int | None = None  # behind the longest earlier occurrence of the last tokens, the latest
+        self.places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]  # the place after those tokens
+        self.place: int | None = None  # after the longest earlier occurrence of the last tokens, the latest
         self.kind = 0  # which of LENGTHS that has
         self.chances = list(CHANCES)  # that the token there comes next
         self.matches = [1] * len(LENGTHS)

@@ -1,4 +1,4 @@
-"""The tokens and the strings that end a row, and the padding behind the end."""
+"""The tokens and the strings that end a row, and the padding after the end."""
 
 from __future__ import annotations
 

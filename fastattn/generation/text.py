@@ -57,7 +57,7 @@ class RowText:
         self.stops = StopStrings(stop_strings)
         self.pieces: list[str] = []  # not taken yet
         self.safe = 0  # tokens that may be given
-        self._ends: list[int] = []  # for each token behind those, where its text ends
+        self._ends: list[int] = []  # for each token after those, where its text ends
         self._decoded = self._given = 0  # characters
         self._undecided = 0  # of the last tokens, how many wait for the end of a character
 

@@ -38,15 +38,15 @@ class BertConfig:
         positions: "learned" or "rotary".
         position_offset: 0, positions are the columns; N, positions count tokens that are not pad_token_id from N on,
             pad tokens stand at N - 1 (RoBERTa: pad_token_id + 1).
-        pre_norm: norms before attention and MLP and a final one, the first block's attention without, instead of behind
-            each sum.
+        pre_norm: norms before attention and MLP (the first block's attention has none) and a final one, instead of
+            norms after each sum.
         gated_mlp: the MLP is c_proj(activation(a) * b), a and b the halves of c_fc(x).
         attention_bias, mlp_bias, norm_bias: whether these have biases.
         layer_types: per layer "full_attention" or "sliding_attention", None for all full.
         local_attention: keys a token sees in sliding layers, half of them on each side, besides itself.
         rope_theta, local_rope_theta: rotary bases of full and of sliding layers.
         embedding_dropout, attention_output_dropout: in place of hidden_dropout_prob; None for that.
-        mlp_dropout: dropout in front of the MLP's second product, in place of hidden_dropout_prob behind it.
+        mlp_dropout: dropout before the MLP's second product, in place of hidden_dropout_prob after it.
         pooler: whether `Bert` makes pooler_output, tanh(dense(first token)).
         num_labels: outputs of a classifier; the length of id2label where that is given, else 2 by default.
         id2label: names of the labels.

@@ -67,11 +67,11 @@ class GPTConfig:
         norm: "layernorm" or "rmsnorm".
         norm_unit_offset: RMSNorms multiply by 1 + weight, as in Gemma.
         sandwich_norms: norms after attention and MLP as well as before, as in Gemma 2.
-        post_norm: norms behind each sum and behind the embeddings, none at the end, as in BERT.
+        post_norm: norms after each sum and after the embeddings, none at the end, as in BERT.
         type_vocab_size: token types, all tokens being of the first; 0 for none.
         lm_transform: a dense layer, activation and norm before the head, which then has a bias, as in BERT.
         lm_activation: the activation of that; activation_function by default.
-        add_cross_attention: blocks also read an encoder's output, where one is given, behind self-attention.
+        add_cross_attention: blocks also read an encoder's output, where one is given, after self-attention.
         bias: whether linear layers and LayerNorms have a bias.
         attention_bias: whether the projections of queries, keys and values have one; as bias by default.
         attention_out_bias: the same of attention's output projection; as attention_bias by default.

@@ -103,7 +103,7 @@ BERT_FIELDS = {
 
 
 def bert_decoder(config: BertConfig) -> GPTConfig:
-    """BERT or RoBERTa as a decoder: the same sizes and head, causal, with the norms behind each sum.
+    """BERT or RoBERTa as a decoder: the same sizes and head, causal, with the norms after each sum.
 
     Raises:
         ValueError: the config is of another family; the message begins with the field.

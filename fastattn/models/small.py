@@ -126,7 +126,7 @@ def target_perplexity(
 
     Args:
         input_ids: (B, S) sources; attention_mask (B, S), nonzero = a real token.
-        labels: (B, T) targets; -100 stands behind their ends. They begin after the start token.
+        labels: (B, T) targets; -100 stands after their ends. They begin after the start token.
     """
     check_tensor("labels", labels)
     if labels.dim() != 2 or len(labels) != len(input_ids) or labels.dtype not in INTEGER_DTYPES:

@@ -104,7 +104,7 @@ def attention_kv_cache(call: KVCacheCall, *, lse: bool = False) -> Any:
     if key is not None and call.value is not None:
         append(call, key, call.value)
     keys, values = call.k_cache, call.v_cache
-    if call.block_table is not None:  # entries behind a sequence's last page may be anything
+    if call.block_table is not None:  # entries after a sequence's last page may be anything
         pages = call.block_table.long().clamp(0, keys.shape[0] - 1)
         keys, values = (t[pages].permute(0, 2, 1, 3, 4).flatten(2, 3) for t in (keys, values))
     j = torch.arange(keys.shape[2], device=device)

@@ -64,7 +64,7 @@ def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens
 def room_for(
     model: Decoder, prompt: Sequence[int], asked: int | None, default: int | None, limits: ServeOptions
 ) -> int:
-    """How many tokens may be made behind a prompt; ApiError if what is asked for does not fit."""
+    """How many tokens may be made after a prompt; ApiError if what is asked for does not fit."""
     longest, room = model.engine.longest, model.engine.room(prompt)
     most = model.engine.max_length if limits.max_tokens is None else limits.max_tokens
     if asked is not None and asked > most:

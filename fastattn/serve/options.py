@@ -15,7 +15,7 @@ class ServeOptions:
         dtype: of the weights, as "bfloat16"; None = the checkpoint's.
         max_batch: most continuations of a model that run at the same time.
         max_queue: most requests of a model that wait; the next get 429.
-        max_tokens: most tokens that a request may ask for; None = what fits behind its prompt.
+        max_tokens: most tokens that a request may ask for; None = what fits after its prompt.
         max_length: most tokens of prompt and continuation; None = what the model reads.
         kv_memory: bytes for the keys and values of a model; None = for max_batch sequences, at most 1 GiB.
         page_size: tokens of a page of them; a CPU is fastest with a multiple of 64.

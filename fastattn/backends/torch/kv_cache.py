@@ -101,7 +101,7 @@ def _sequences(call: KVCacheCall, totals: list[int]) -> Iterator[tuple[slice, Te
 
 
 def append(call: KVCacheCall, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
-    """Write new keys and values behind those held. lengths: `cache_lengths` as integers, where they were read."""
+    """Write new keys and values after those held. lengths: `cache_lengths` as integers, where they were read."""
     if lengths is not None and call.block_table is None and len(set(lengths)) <= 1:
         if lengths:
             call.k_cache.narrow(2, lengths[0], call.new_keys).copy_(key)
