@@ -54,7 +54,18 @@ WARMUP = 0.1  # default share of the steps
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of the command."""
+    """The arguments of `fastattn train`.
+
+    Attributes:
+        task: its name, as "classify".
+        train, dev: files, folders or data sets; without dev a part of the training data is held out.
+        model: a folder, a repository on the Hugging Face hub, or a preset's name.
+        out: folder for the trained model and the files of the run.
+        teacher: folder of a model to learn soft labels from.
+        resume: "auto", or the folder of a checkpoint, to continue from.
+        config: YAML file with the sections' options.
+        overrides: options as "--section.key=value".
+    """
 
     task: str
     train: tuple[str, ...]
