@@ -58,22 +58,26 @@ class Explanation:
         tiles: its launch parameters in a line, None where it has none.
         refusals: (backend, reason) of each that would not run it, in order of preference.
         spec: the properties of the call that backends decide on.
-        backward, backward_tiles, backward_refusals: the same of the backward pass; None and () where no input requires
-            grad or the forward pass makes the gradients.
-        weights, weights_refusals: the same of the weights that `return_weights` asks for.
-        weights_backward, weights_backward_refusals: the same of their gradients.
+        backward: the backend of the backward pass; None where no input requires grad or the forward pass makes the
+            gradients.
+        backward_tiles: as tiles, of the backward pass.
+        backward_refusals: as refusals, of the backward pass.
+        weights: the backend of the weights that `return_weights` asks for; None where it does not.
+        weights_refusals: as refusals, of the weights.
+        weights_backward: the backend of the weights' gradients; None where there are none.
+        weights_backward_refusals: as refusals, of the weights' gradients.
     """
 
     backend: str
     tiles: str | None
-    refusals: tuple[tuple[str, str], ...]  # (backend, reason), in order of preference
+    refusals: tuple[tuple[str, str], ...]
     spec: Spec
-    backward: str | None = None  # the backend of the backward pass, where an input requires grad
+    backward: str | None = None
     backward_tiles: str | None = None
     backward_refusals: tuple[tuple[str, str], ...] = ()
-    weights: str | None = None  # the backend of the returned weights, where they are asked for
+    weights: str | None = None
     weights_refusals: tuple[tuple[str, str], ...] = ()
-    weights_backward: str | None = None  # and of their gradients
+    weights_backward: str | None = None
     weights_backward_refusals: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class BestFitDataset:
     Attributes:
         dropped: number of tokens in no row: the caller's, and those of pieces without a token that counts.
         padding: share of the rows that is padding.
-        cut, cut_rows: `dropped`, and the number of texts longer than a row, which the caller sets.
+        cut: `dropped`.
+        cut_rows: the number of texts longer than a row, which the caller sets.
 
     Raises:
         TypeError: an argument is of another type than it needs.

@@ -43,7 +43,8 @@ class Tokenizer:
         chat_template: the template of conversations in Jinja; None if there is none.
 
     Attributes:
-        eos_id, pad_id: the ids of eos_token and pad_token.
+        eos_id: the id of eos_token.
+        pad_id: the id of pad_token.
 
     Raises:
         TypeError: an argument is of another type than it needs.

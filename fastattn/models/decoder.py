@@ -42,7 +42,8 @@ class CausalLMOutput(NamedTuple):
         logits: (B, S, V), or the last logits_to_keep of S; None in training, see `GPT.forward`.
         last_hidden_state: (B, S, E), after the final norm; anything at padding, as in hidden_states.
         hidden_states: L + 1 of (B, S, E), the blocks' inputs and then last_hidden_state.
-        attentions, cross_attentions: L of (B, H, S, S), and with a memory L of (B, H, S, Sk).
+        attentions: L of (B, H, S, S).
+        cross_attentions: L of (B, H, S, Sk), with a memory.
     """
 
     loss: Tensor | None
@@ -113,8 +114,7 @@ class GPT(Pretrained, nn.Module):
             return_logits: whether to keep the logits. None = not where a model in training mode makes a loss with
                 gradients, which `linear_cross_entropy` does with a few tokens' logits at a time. On a CPU blocks are
                 then given a padded batch as one row of its real tokens, (1, T, E).
-            output_hidden_states, output_attentions: also return these, see `CausalLMOutput`. Attention weights take
-                memory that grows with S * S.
+            output_hidden_states, output_attentions: also return these, see `CausalLMOutput`; O(S * S) memory.
             memory: an encoder's output, which a model with config.add_cross_attention reads; optional.
             labels_aligned: labels[:, s] is the target at position s, as in an `EncoderDecoder`.
 

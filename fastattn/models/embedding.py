@@ -32,7 +32,8 @@ class EmbeddingOutput(NamedTuple):
 
     Attributes:
         embeddings: (B, E), in the dtype of the weights.
-        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+        hidden_states: as in `fastattn.models.encoder.EncoderOutput`.
+        attentions: the same.
     """
 
     embeddings: Tensor
@@ -54,7 +55,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
     Attributes:
         max_seq_length: tokens of a text that `encode` reads; None for all positions.
         lower_case: whether `encode` puts texts into lower case first.
-        prompts, default_prompt_name: by name, what `encode` may put in front of texts, and which by default.
+        prompts: by name, what `encode` may put in front of texts.
+        default_prompt_name: which of them it puts there by default; None for none.
 
     Raises:
         ValueError: pooling or normalize is none of these.

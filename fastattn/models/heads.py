@@ -32,7 +32,8 @@ class MaskedLMOutput(NamedTuple):
     Attributes:
         loss: () in float32 at least, None without labels; NaN where no label counts.
         logits: (B, S, V), 0 at padding; None in training, see `BertForMaskedLM.forward`.
-        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+        hidden_states: as in `fastattn.models.encoder.EncoderOutput`.
+        attentions: the same.
     """
 
     loss: Tensor | None
@@ -48,7 +49,8 @@ class PreTrainingOutput(NamedTuple):
         loss: () in float32 at least, the sum over the heads that have labels; None without.
         prediction_logits: (B, S, V), as `MaskedLMOutput.logits`.
         seq_relationship_logits: (B, 2): the second sentence follows the first; it does not.
-        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+        hidden_states: as in `fastattn.models.encoder.EncoderOutput`.
+        attentions: the same.
     """
 
     loss: Tensor | None
@@ -69,7 +71,8 @@ class ClassifierOutput(NamedTuple):
     Attributes:
         loss: () in float32 at least, None without labels; NaN where no label counts.
         logits: (B, num_labels) for texts; (B, S, num_labels), or (B, S) with one label, for tokens, 0 at padding.
-        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+        hidden_states: as in `fastattn.models.encoder.EncoderOutput`.
+        attentions: the same.
     """
 
     loss: Tensor | None
@@ -83,8 +86,10 @@ class QuestionAnsweringOutput(NamedTuple):
 
     Attributes:
         loss: () in float32 at least, None without positions; NaN where no position counts.
-        start_logits, end_logits: (B, S), the lowest finite number at padding, which takes no part in a softmax.
-        hidden_states, attentions: as in `fastattn.models.encoder.EncoderOutput`.
+        start_logits: (B, S), the lowest finite number at padding, which takes no part in a softmax.
+        end_logits: the same.
+        hidden_states: as in `fastattn.models.encoder.EncoderOutput`.
+        attentions: the same.
     """
 
     loss: Tensor | None

@@ -28,7 +28,8 @@ class Change:
 
     Attributes:
         options: how the weights were made smaller.
-        bytes_before, bytes_after: of the matrices that are multiplied, and of all other parameters.
+        bytes_before: of the matrices that are multiplied, and of all other parameters.
+        bytes_after: the same of the smaller weights.
         perplexities: before and after; None for an encoder.
         cosines: mean and least, between the embeddings before and after; None for a model that generates.
     """

@@ -23,7 +23,8 @@ class KVCache:
         dtype, device: of the buffers; torch's defaults by default.
 
     Attributes:
-        keys, values: the buffers, (B, Hkv, capacity, D).
+        keys: a buffer (B, Hkv, capacity, D).
+        values: a buffer (B, Hkv, capacity, D).
         length: the tokens held, the same number for every sequence.
     """
 

@@ -58,7 +58,8 @@ class Inputs:
 
     Attributes:
         task: its name, as "classify".
-        train, dev: files, folders or data sets; without dev a part of the training data is held out.
+        train: files, folders or data sets.
+        dev: the same; without any, a part of the training data is held out.
         model: a folder, a repository on the Hugging Face hub, or a preset's name.
         out: folder for the trained model and the files of the run.
         teacher: folder of a model to learn soft labels from.

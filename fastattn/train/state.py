@@ -48,8 +48,9 @@ class FitResult:
         flops: floating-point operations of its training steps, counted on one batch and scaled by tokens; None where a
             signal ended the run before that.
         peak_memory: bytes, of the CUDA device or of this process.
-        first, best, last: evaluations before training, with the best metric (by default the lowest loss), and at the
-            end; None without dev_data.
+        first: the evaluation before training; None without dev_data.
+        best: the one with the best metric, by default the lowest loss; None without dev_data.
+        last: the one at the end; None without dev_data.
         log: the records of log.jsonl; empty on ranks other than 0.
         checkpoint: the folder of the last checkpoint, a value for `resume`.
     """
