@@ -122,6 +122,17 @@ def test_swap_md_shows_every_way_of_its_table() -> None:
         assert hasattr(flash_attn, name)
 
 
+@pytest.mark.parametrize("page", ["index.md", "index.zh.md"])
+def test_the_start_pages_list_every_extra(page: str) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+    table = re.findall(
+        r"^\| (`\w+`.*?) \| .* \| .*\|$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(extras)
+
+
 def test_every_answer_of_the_faq_names_a_test() -> None:
     """`test_what_a_page_names_exists` looks for them."""
     sections = re.split(r"^#+ ", (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
