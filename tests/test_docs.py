@@ -115,7 +115,7 @@ def test_every_command_exists(block: Block) -> None:
 def test_swap_md_shows_every_way_of_its_table() -> None:
     examples = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```$", SWAP, re.MULTILINE | re.DOTALL)
     ways = re.findall(r"^\| .* \| `(.+)` \|$", SWAP, re.MULTILINE)
-    assert len(ways) == 6
+    assert len(ways) == 7
     for way, (_, example) in zip(ways, examples):
         assert way.split("(")[0].split("`, `")[0] in example
     for name in re.findall(r"`(flash_attn_\w+|\w*pad_input)`", SWAP):
