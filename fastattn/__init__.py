@@ -1,4 +1,4 @@
-"""Fused attention for PyTorch: every mask, bias and gradient, on every device, and it says which kernel ran."""
+"""Fused attention for PyTorch: every mask, bias and gradient, on every device; `explain` says which kernel runs."""
 
 from importlib import import_module
 from typing import Any

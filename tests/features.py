@@ -147,16 +147,14 @@ FEATURES = (
             yes(f"{KERNELS}/test_attention.py::test_a_sequence_alone_gives_the_same_bits_as_in_a_batch"),
             "?|?|?|?|?|?|?|?"),
     Feature("second derivatives",
-            yes(f"{DERIVATIVES}::test_gradgradcheck"),
+            Cell("by the formula", (f"{DERIVATIVES}::test_gradgradcheck",)),
             Cell("by the formula", (f"{KERNELS}/test_attention_features.py::test_second_derivatives",)),
             "no|no|no|no|no|no|no|no"),
     Feature("forward-mode derivatives (jvp)",
-            yes(f"{DERIVATIVES}::test_jvp_matches_the_reference"),
-            Cell("by the formula", (f"{DERIVATIVES}::test_jvp_matches_the_reference",)),
+            *both(f"{DERIVATIVES}::test_jvp_matches_the_reference", text="by the formula"),
             "no|no|no|no|no|no|no|no"),
     Feature("vmap",
-            yes(f"{DERIVATIVES}::test_vmap_of_grad_matches_the_reference"),
-            Cell("by the formula", (f"{DERIVATIVES}::test_vmap_of_grad_matches_the_reference",)),
+            *both(f"{DERIVATIVES}::test_vmap_of_grad_matches_the_reference", text="by the formula"),
             "no|no|no|yes|forward|no|no|no"),
     Feature("torch.compile without breaks",
             yes(f"{COMPILED}::test_compile_without_breaks_or_recompiles_across_lengths"),
@@ -197,10 +195,10 @@ def render() -> str:
     lines = [
         "# Features",
         "",
-        "What fastattn's backends do, beside what else is there. A cell of fastattn that claims something names its "
-        "tests below; a test fails when one of them no longer exists. \"By the formula\" means that the call leaves "
-        "the kernel for a differentiable formula of torch operations, which it says; a backend asked for by name "
-        "refuses instead.",
+        "What fastattn's backends do, compared with other libraries. A cell of fastattn that claims something names "
+        "its tests below; a test fails when one of them no longer exists. \"By the formula\" means that a "
+        "differentiable formula of torch operations computes the call, which a warning says. With "
+        "`backend=\"triton\"` or `\"cuda\"`, jvp and vmap are errors instead.",
         "",
         "The CUDA extension gets a column when its kernels have run on a GPU; until then its tests run them on a CPU "
         "(`tests/cuda_emulation`).",

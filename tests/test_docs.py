@@ -115,11 +115,22 @@ def test_every_command_exists(block: Block) -> None:
 def test_swap_md_shows_every_way_of_its_table() -> None:
     examples = re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```$", SWAP, re.MULTILINE | re.DOTALL)
     ways = re.findall(r"^\| .* \| `(.+)` \|$", SWAP, re.MULTILINE)
-    assert len(ways) == 6
+    assert len(ways) == 7
     for way, (_, example) in zip(ways, examples):
         assert way.split("(")[0].split("`, `")[0] in example
     for name in re.findall(r"`(flash_attn_\w+|\w*pad_input)`", SWAP):
         assert hasattr(flash_attn, name)
+
+
+@pytest.mark.parametrize("page", ["index.md", "index.zh.md"])
+def test_the_start_pages_list_every_extra(page: str) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", section, re.MULTILINE)
+    table = re.findall(
+        r"^\| (`\w+`.*?) \| .* \| .*\|$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(extras)
 
 
 def test_every_answer_of_the_faq_names_a_test() -> None:

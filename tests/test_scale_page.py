@@ -57,6 +57,8 @@ def gb(count: float) -> str:
 
 def test_the_worked_example_is_what_the_formulas_give(sizes: dict[str, int]) -> None:
     text = PAGE.read_text(encoding="utf-8")
+    vocab_size = GPTConfig(**PRESETS[PRESET]).vocab_size  # the commands train a tokenizer of this size
+    assert text.count(f"--model {PRESET}") == text.count(f"--data.vocab_size={vocab_size} ") == 3
     for letter, value in sizes.items():
         assert f"{letter} = {value:,}" in text, (letter, value)
     for name, way, gpus in (

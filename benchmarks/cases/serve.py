@@ -196,7 +196,7 @@ def _throughput(
                 theirs = _raising(error)
             return rounds_of({OURS: ours, peer: theirs}, 1 if quick else rounds)
 
-    label = f"a token of {count} streams at once, {tokens} tokens behind 8 to 23 each, beside {peer}"
+    label = f"a token of {count} streams at once, {tokens} tokens after prompts of 8 to 23, beside {peer}"
     label = ", ".join([label, *figures.unusual(dtype, "forward+backward")])
     target = {"provider": OURS, "against": peer, "speed": speed}
     return entry(name, label, {"clients": count, "tokens": tokens}, target, quick, rows, dtype)

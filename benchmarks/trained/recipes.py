@@ -41,8 +41,8 @@ def shakespeare(
         tuple(steps),
         ("loss", "bits_per_byte"),
         tuple(Goal(kind, "loss", goal, least=False) for kind in kinds),
-        "Loss in nats per character over the whole validation split, the last tenth of the text, each character behind "
-        "128 others at least. The best model is picked on the last 2 % of the other text, never on that split.",
+        "Loss in nats per character over the whole validation split, the last tenth of the text, each character after "
+        "at least 128 others. The best model is picked on the last 2 % of the other text, never on that split.",
     )
 
 

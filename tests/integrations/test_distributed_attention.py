@@ -87,11 +87,17 @@ def test_it_needs_a_process_group() -> None:
         context_parallel.attention(query, query, query, context_parallel.split(6, 1))
 
 
-def test_the_page_runs(alone: None) -> None:
+def test_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example alone, in the environment that torchrun makes for one process."""
     page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(examples) == 2
-    names: dict[str, object] = {}
-    exec("\n".join(examples), names)
-    assert isinstance(names["out"], torch.Tensor)
-    assert names["out"].shape == (1, 8, 1001, 32)
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    for example, shape in zip(examples, ((4, 8, 64, 32), (1, 8, 1001, 32))):
+        names: dict[str, object] = {}
+        exec(example, names)
+        assert isinstance(names["out"], torch.Tensor)
+        assert names["out"].shape == shape
+        assert not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""The commands of docs/training.md run on the data that stands above them, with a tiny encoder in MiniLM's place."""
+"""The commands of docs/training.md run on the data of the page as it stands, with a tiny encoder in MiniLM's place."""
 
 from __future__ import annotations
 
@@ -16,18 +16,6 @@ from fastattn import cli
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
 RUN = re.findall(r"<!-- run by tests/train/test_task_examples.py -->\n```bash\n(.*?)\n```", PAGE)
-COPIES = 12  # of the few lines that a page has room for
-
-
-def copies(name: str, content: str) -> str:
-    """A file with the content so often, each time with a difference."""
-    if not name.endswith(".jsonl"):
-        tail = "no{}\tO\n\n" if name.endswith(".conll") else "{} more\n\n\n\n"
-        return "".join(content + tail.format(n) for n in range(COPIES))
-    rows = [json.loads(line) for _ in range(COPIES) for line in content.splitlines()]
-    for number, row in enumerate(rows):
-        row.update({field: f"{row[field]} {number}" for field in ("text", "context") if field in row})
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def test_every_encoder_task_has_a_command() -> None:
@@ -39,7 +27,7 @@ def test_every_encoder_task_has_a_command() -> None:
 def test_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
-        (tmp_path / name).write_text(copies(name, content))
+        (tmp_path / name).write_text(content)
     if "all-MiniLM-L6-v2" in line:
         training_cases.save_encoder(tmp_path / "all-MiniLM-L6-v2", max_position_embeddings=128)
     words = shlex.split(line)[1:]
