@@ -316,6 +316,10 @@ class Trainer:
             )
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
+            if self.dev_data is not None and not self.directory.resumes_here:
+                # the best model so far is not here, and that of the other folder may be of a later step
+                self.state.best = None
+                self._evaluate_and_keep()
         elif self.dev_data is not None:
             self._evaluate_and_keep()
             self.state.first = self.state.last
