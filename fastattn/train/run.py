@@ -32,6 +32,7 @@ from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.log import plain
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.resume import WEIGHTS
+from fastattn.train.same_run import check_same, describe
 from fastattn.train.sections import ConfigError
 from fastattn.train.state import FitResult
 from fastattn.train.task_config import Sections, presets_of, read_sections
@@ -80,6 +81,8 @@ class Prepared:
     saved_tokenizer: Any  # the tokenizer that the run saves; None where the model's folder has it
     train_set: Any
     dev_set: Any
+    about: dict[str, Any]  # what the run is made from, for its checkpoints
+    notes: tuple[str, ...] = ()  # on what differs from the run that is resumed
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
@@ -127,10 +130,13 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         prepared.dev_set,
         tokenizer=prepared.saved_tokenizer,
         display=display,
+        inputs=prepared.about,
         **({"collate": prepared.train_set.collate} if hasattr(prepared.train_set, "collate") else {}),
         **options,
     )
     out = Path(prepared.inputs.out)
+    for note in prepared.notes:
+        trainer.display.note(f"WARNING: {note}")
     if data.held_out is not None:
         trainer.display.note(
             f"no --dev: {data.held_out} examples are held out of the training data, {len(data.train)} train"
@@ -231,7 +237,9 @@ def _prepare(inputs: Inputs) -> Prepared:
 
         train_set, dev_set = corpus.sets(tokenizer, build)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
-    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set)
+    about = describe(task, sections, data, model, tokenizer, inputs.teacher)
+    notes = () if directory.resume_from is None else tuple(check_same(directory.resume_from, about))
+    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set, about, notes)
 
 
 def _corpus(task: ModuleType, inputs: Inputs, sections: Sections) -> Corpus | None:

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
 from fastattn.models.checkpoint.swap import delete
-from fastattn.train.arguments import check_arguments, check_evaluation
+from fastattn.train.arguments import check_arguments, check_evaluation, check_inputs
 from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
 from fastattn.train.config import TrainConfig, step_limit
@@ -77,6 +77,7 @@ class Trainer:
         best: the metric that selects the best model and that patience counts, and whether higher is better:
             ("loss", False), or the name of one that evaluate_with returns.
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
+        inputs: what the run is made from, in JSON's types: saved with each checkpoint, for a check when a run resumes.
 
     Raises:
         ConfigError: the output directory, the disk, the device or the precision cannot be used.
@@ -98,8 +99,10 @@ class Trainer:
         evaluate_with: Callable[[nn.Module], Mapping[str, float]] | None = None,
         best: tuple[str, bool] = (LOSS, False),
         show_with: Callable[[nn.Module], str] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_inputs(inputs)
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
@@ -168,6 +171,7 @@ class Trainer:
             self.sampler,
             self.distributed,
             self.device,
+            inputs,
         )
         self._peak_flops = (
             peak_flops(self.device, self.dtype) if config.peak_tflops is None else config.peak_tflops * 1e12

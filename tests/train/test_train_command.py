@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,42 @@ def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None
     ends = (tmp_path / name / f"checkpoint-{steps}" for name in ("whole", "out"))
     first, second = (families.load(folder).state_dict() for folder in ends)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_resumes_with_its_labels_tokens_and_examples_alone(encoder: Path, tmp_path: Path) -> None:
+    """Rows of the same number whose labels, texts, tokens or task are others would change what the weights mean."""
+    given = rows("classify")
+    data = write(tmp_path / "data.jsonl", given)
+    words = ("--model", encoder, "--out", tmp_path / "out", "--train.device=cpu")
+    code, _, err = invoke("train", "classify", "--train", data, "--dev", data, *words, "--train.max_steps=2")
+    assert code == 0, err
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    renamed = [{**row, "label": {"good!": "very good", "bad!": "awful"}[row["label"]]} for row in given]
+    swapped = [{**row, "label": {"good!": "bad!", "bad!": "good!"}[row["label"]]} for row in given]
+    texts = [{**given[0], "text": "so so"}, *given[1:]]
+    other = tmp_path / "other"
+    shutil.copytree(encoder, other)
+    vocabulary = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(vocabulary.replace('"river"', '"rivers"'))
+    again = ("--resume=auto", "--train.max_steps=3", "--dev", data)
+    for complaint, task, changed, more in (
+        ("labels: ", "classify", renamed, ()),
+        ("--train: ", "classify", swapped, ()),
+        ("--train: ", "classify", texts, ()),
+        ("tokenizer: ", "classify", given, (f"--data.tokenizer={other}",)),
+        ("TASK: ", "embed", [{"text": row["text"], "positive": row["label"]} for row in given], ()),
+    ):
+        file = write(tmp_path / "changed.jsonl", changed)
+        dev = ("--dev", file) if task == "embed" or complaint == "labels: " else ()
+        code, _, err = invoke("train", task, "--train", file, *words, *(again[:2] if dev else again), *dev, *more)
+        assert code == 2, (complaint, task)
+        assert err.startswith(f"fastattn: {complaint}{tmp_path / 'out' / 'checkpoint-2'} was trained with"), err
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    # the same rows in another file, and an option of the task, which a line names
+    moved = write(tmp_path / "moved.jsonl", given)
+    code, text, err = invoke("train", "classify", "--train", moved, *words, *again, "--task.max_length=16")
+    assert code == 0, err
+    assert f"WARNING: task.max_length: {tmp_path / 'out' / 'checkpoint-2'} was trained with None" in text
 
 
 def test_held_out_examples_are_announced(encoder: Path, tmp_path: Path) -> None:
