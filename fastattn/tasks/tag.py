@@ -152,10 +152,10 @@ def training_set(
     Raises:
         DataError: the teacher, a model with its tokenizer, has other tokens or labels.
     """
-    if teacher is not None:
-        attach_teacher(model, tokenizer, teacher, options)
     place = {name: number for number, name in enumerate(model.config.labels())}
     rows, words = rows_of(model, tokenizer, examples, options)
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options, max((len(row.ids) for row in rows), default=0))
     labels = []
     for example, of_row in zip(examples, words):
         last, row = -1, []

@@ -92,10 +92,16 @@ def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str
     transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config) and report.json.
 
     Raises:
-        ConfigError: an input cannot be used; raised before any training.
+        ConfigError: an input cannot be used; raised before any training, except for what only a step shows.
         TrainingDiverged: see `Trainer.fit`.
     """
-    return fit(prepare(inputs), display=display)
+    prepared = prepare(inputs)
+    try:
+        return fit(prepared, display=display)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def prepare(inputs: Inputs) -> Prepared:

@@ -130,6 +130,32 @@ def test_a_teacher_of_other_tokens_is_refused(
         task.training_set(student, tokenizer, examples, options, teacher=(teacher, InputTokenizer(core)))
 
 
+@pytest.mark.parametrize(("task", "changes"), TASKS, ids=IDS)
+def test_a_teacher_without_positions_or_embeddings_is_refused(
+    task: ModuleType, changes: dict[str, Any], tokenizer: InputTokenizer
+) -> None:
+    """Before any step, in which it would read what it has no position for, or answer over another vocabulary."""
+    options = task.Options(**changes)
+    student, _, examples = _models(task, options, tokenizer)
+    for name, size, complaint in (
+        ("max_position_embeddings", 3, "has 3 positions, rows of this run have up to"),
+        ("vocab_size", 34, "its vocab_size is 34, the model's tokenizer has ids up to 34"),
+        ("vocab_size", 40, "its vocab_size is 40, the model's is 35; soft labels"),
+    ):
+        teacher = task.new_model(BertConfig(**SIZES), examples, options, tokenizer)
+        config = replace(getattr(teacher.config, "encoder", teacher.config), **{name: size})
+        if task is seq2seq:
+            decoder = replace(teacher.config.decoder, **({"vocab_size": size} if name == "vocab_size" else {}))
+            teacher.config = replace(teacher.config, encoder=config, decoder=decoder)
+        else:
+            teacher.config = config
+        if size == 40 and task in (tag, qa):  # whose logits are of other classes
+            task.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
+            continue
+        with pytest.raises(DataError, match=rf"^--teacher: {complaint}"):
+            task.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
+
+
 LABELS: dict[str, list[Any]] = {  # of a classifier's examples, by its kind of labels
     "single": ["x", "y", "z"], "several": [["x"], ["y", "z"], []], "regression": [[0.5, 2.0], [1.5, -1.0], [3.0, 0.0]]
 }  # fmt: skip

@@ -388,6 +388,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["extra"], "'extra': is one word too many"),
     ("embed", ["--train.batch_size=1"], "train.batch_size: got 1, embed needs at least 2 for these examples"),
     ("causal-lm", [], "holds a Bert, causal-lm needs a decoder"),
+    ("seq2seq", ["--task.bleu_tokenizer=zhh"], "bleu_tokenizer: got 'zhh', needs one of "),
     ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "holds 1 document, next_sentence"),
     ("classify", ["--dev={unknown}"], "unknown.jsonl: line 1: label 'other' is in no training example"),
     ("classify", ["--train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
@@ -445,6 +446,18 @@ def test_bad_input_is_named_in_one_line_before_any_work(
     assert complaint in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_only_a_step_shows_is_one_line_too(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("input_ids: got 9 tokens,\n  needs 8")
+
+    monkeypatch.setattr(work.Trainer, "fit", refuse)
+    data = write(tmp_path / "train.jsonl", rows("classify"))
+    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out")
+    assert invoke(*words, "--train.device=cpu")[::2] == (2, "fastattn: input_ids: got 9 tokens, needs 8\n")
 
 
 def test_one_class_is_refused(encoder: Path, tmp_path: Path) -> None:
