@@ -9,17 +9,23 @@ from fastattn.evaluation.report import Report, check_pairs
 
 
 def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
-    """pearson, spearman, mse and mae of predictions (N,); a correlation with a constant is NaN."""
+    """pearson, spearman, mse and mae of predictions (N,); a correlation with a constant is NaN.
+
+    Of (N, C), C numbers for each example, a correlation is the mean of those of the columns.
+    """
     expected, given = np.asarray(references, np.float64), np.asarray(predictions, np.float64)
     count = check_pairs(expected, given)
     for name, values in (("references", expected), ("predictions", given)):
-        if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers of one dimension")
+        if values.ndim not in (1, 2) or not values.size or not np.isfinite(values).all():
+            raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers (N,) or (N, C)")
+    if expected.shape != given.shape:
+        raise ValueError(f"predictions: got shape {given.shape}, needs that of the references, {expected.shape}")
+    columns = list(zip(expected.reshape(count, -1).T, given.reshape(count, -1).T))
     difference = given - expected
     return Report(
         metrics={
-            "pearson": pearson(expected, given),
-            "spearman": pearson(ranks(expected), ranks(given)),
+            "pearson": float(np.mean([pearson(x, y) for x, y in columns])),
+            "spearman": float(np.mean([pearson(ranks(x), ranks(y)) for x, y in columns])),
             "mse": float((difference**2).mean()),
             "mae": float(np.abs(difference).mean()),
         },

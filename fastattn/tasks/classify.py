@@ -255,7 +255,7 @@ def evaluate(
     logits = run(model, rows, batch_size, lambda out, i, _: wide(out.logits[i]).cpu())
     kind, targets = kind_of(examples), targets_of(model, examples)
     if kind == REGRESSION:
-        return regression([n for row in targets for n in row], torch.cat(logits).tolist())
+        return regression(targets, torch.stack(logits).tolist())
     if kind == SINGLE:
         return single_label(targets, torch.stack(logits).softmax(-1).tolist(), model.config.labels())
     return multi_label(targets, torch.stack(logits).sigmoid().tolist(), model.config.labels())

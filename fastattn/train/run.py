@@ -268,7 +268,9 @@ def learns_from_teachers(task: ModuleType) -> bool:
 def _sections(
     inputs: Inputs, task: ModuleType, preset: str | None, steps: Mapping[str, Any] | None = None
 ) -> Sections:
-    defaults = {**task.DEFAULTS, "warmup_steps": 0, **(steps or {}), "output_dir": inputs.out}
+    # numbers of steps that hold until those of an epoch are known, as patience needs evaluations
+    start = {"warmup_steps": 0, "eval_every": 1, "save_every": 1} if steps is None else steps
+    defaults = {**task.DEFAULTS, **start, "output_dir": inputs.out}
     overrides = [*inputs.overrides, f"--train.output_dir={inputs.out}"]
     if inputs.resume is not None:
         overrides.append(f"--train.resume={inputs.resume}")

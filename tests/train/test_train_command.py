@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -181,6 +182,13 @@ def test_the_options_of_a_run_repeat_it(runs: Any, encoder: Path, tmp_path: Path
     assert all(torch.equal(first[name], second[name]) for name in first)
     sections = load_config({"data": DataConfig, "lora": LoraConfig}, overrides=["--lora.r=4"])
     assert (sections["data"], sections["lora"].r) == (DataConfig(), 4)
+    for word, columns in (
+        ("label=Topic (main)", ("label=Topic (main)",)),
+        ("[label=Topic (main), text=(a) b (c)]", ("label=Topic (main)", "text=(a) b (c)")),
+        ("(label=topic, text=body)", ("label=topic", "text=body")),
+    ):
+        given = load_config({"data": DataConfig}, overrides=[f"--data.columns={word}"])
+        assert given["data"].columns == columns
 
 
 def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None:
@@ -446,6 +454,15 @@ def test_bad_input_is_named_in_one_line_before_any_work(
     assert complaint in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_patience_counts_the_evaluations_of_epochs(encoder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", rows("classify"))
+    given = work.Inputs("classify", (str(data),), (str(data),), str(encoder), str(tmp_path / "out"))
+    config = work.prepare(dataclasses.replace(given, overrides=("--train.patience=2",))).sections.train
+    assert (config.patience, config.eval_every, config.save_every) == (2, 2, 2)
+    with pytest.raises(work.ConfigError, match=r"^patience: needs eval_every"):
+        work.prepare(dataclasses.replace(given, overrides=("--train.patience=2", "--train.eval_every=none")))
 
 
 def test_what_only_a_step_shows_is_one_line_too(
