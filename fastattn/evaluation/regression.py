@@ -19,7 +19,9 @@ def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
         if values.ndim not in (1, 2) or not values.size or not np.isfinite(values).all():
             raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers (N,) or (N, C)")
     if expected.shape != given.shape:
-        raise ValueError(f"predictions: got shape {given.shape}, needs that of the references, {expected.shape}")
+        raise ValueError(
+            f"predictions: got shape {given.shape}, needs that of the references, {expected.shape}"
+        )
     columns = list(zip(expected.reshape(count, -1).T, given.reshape(count, -1).T))
     difference = given - expected
     return Report(

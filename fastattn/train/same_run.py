@@ -70,7 +70,9 @@ def check_same(folder: Path, here: Mapping[str, Any]) -> list[str]:
         earlier = before.get("options", {}).get(section, {})
         for key, value in options.items():
             if key in earlier and earlier[key] != value:
-                notes.append(f"{section}.{key}: {folder} was trained with {earlier[key]}, this run has {value}")
+                notes.append(
+                    f"{section}.{key}: {folder} was trained with {earlier[key]}, this run has {value}"
+                )
     if before.get("dev", here["dev"]) != here["dev"]:
         notes.append(f"--dev: {folder} was evaluated on other examples, to which earlier figures belong")
     return notes

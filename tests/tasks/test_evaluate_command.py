@@ -276,7 +276,10 @@ def test_every_option_takes_its_values_as_words() -> None:
     for task in evaluation.TASKS:
         for field in dataclasses.fields(task.Options):
             value = field.default
-            assert evaluation.options_of(task, [f"{field.name}={value}"]) == task.Options(), (task, field.name)
+            assert evaluation.options_of(task, [f"{field.name}={value}"]) == task.Options(), (
+                task,
+                field.name,
+            )
     for word in ("yes", "no"):
         assert evaluation.options_of(qa, [f"no_answer={word}"]).no_answer == word
     for word in ("|", "#", "1", "; ", "true", "[]", "="):

@@ -145,7 +145,9 @@ def test_a_teacher_without_positions_or_embeddings_is_refused(
         teacher = task.new_model(BertConfig(**SIZES), examples, options, tokenizer)
         config = replace(getattr(teacher.config, "encoder", teacher.config), **{name: size})
         if task is seq2seq:
-            decoder = replace(teacher.config.decoder, **({"vocab_size": size} if name == "vocab_size" else {}))
+            decoder = replace(
+                teacher.config.decoder, **({"vocab_size": size} if name == "vocab_size" else {})
+            )
             teacher.config = replace(teacher.config, encoder=config, decoder=decoder)
         else:
             teacher.config = config
@@ -162,7 +164,9 @@ LABELS: dict[str, list[Any]] = {  # of a classifier's examples, by its kind of l
 
 
 def _classifiers(kind: str, tokenizer: InputTokenizer, options: Any) -> tuple[Any, Any, list[Any]]:
-    records = [Record(f"line {i}", {"text": "good film", "label": each}) for i, each in enumerate(LABELS[kind])]
+    records = [
+        Record(f"line {i}", {"text": "good film", "label": each}) for i, each in enumerate(LABELS[kind])
+    ]
     examples = classify.examples_of(records, options)
     torch.manual_seed(0)
     student, teacher = (

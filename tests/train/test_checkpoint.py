@@ -166,7 +166,9 @@ def test_a_run_that_goes_on_in_another_directory_has_a_best_model_there(make_tra
     """Also where no later evaluation is a gain: the model of the checkpoint is the first candidate."""
     dev = make_data(seed=1)
     earlier = make_trainer(dev=dev, max_steps=4, out="one").fit()
-    other = make_trainer(dev=dev, max_steps=8, lr=50.0, grad_clip=None, resume=str(earlier.checkpoint), out="two")
+    other = make_trainer(
+        dev=dev, max_steps=8, lr=50.0, grad_clip=None, resume=str(earlier.checkpoint), out="two"
+    )
     result = other.fit()
     assert result.last.loss > earlier.last.loss
     assert result.best == earlier.last

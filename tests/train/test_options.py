@@ -134,6 +134,10 @@ def test_evaluations_that_cannot_be_are_refused(make_trainer, tmp_path, keywords
     [
         ({"f1": 0.5}, "best: got 'accuracy', needs one of loss, f1"),
         ({"accuracy": "high"}, "evaluate_with: its accuracy is 'high', needs a number"),
+        *(
+            ({"accuracy": 0.5, name: 0.5}, f"evaluate_with: got a metric '{name}', which the record")
+            for name in ("event", "step", "loss", "perplexity", "seconds")
+        ),
     ],
 )
 def test_figures_that_are_none_are_named(make_trainer, figures, complaint):

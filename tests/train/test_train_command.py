@@ -233,9 +233,13 @@ def test_a_run_resumes_with_its_labels_tokens_and_examples_alone(encoder: Path, 
     ):
         file = write(tmp_path / "changed.jsonl", changed)
         dev = ("--dev", file) if task == "embed" or complaint == "labels: " else ()
-        code, _, err = invoke("train", task, "--train", file, *words, *(again[:2] if dev else again), *dev, *more)
+        code, _, err = invoke(
+            "train", task, "--train", file, *words, *(again[:2] if dev else again), *dev, *more
+        )
         assert code == 2, (complaint, task)
-        assert err.startswith(f"fastattn: {complaint}{tmp_path / 'out' / 'checkpoint-2'} was trained with"), err
+        assert err.startswith(f"fastattn: {complaint}{tmp_path / 'out' / 'checkpoint-2'} was trained with"), (
+            err
+        )
     assert (tmp_path / "out" / "report.json").read_bytes() == before
     # the same rows in another file, and an option of the task, which a line names
     moved = write(tmp_path / "moved.jsonl", given)
@@ -381,6 +385,20 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["--data.tokenizer=bpe"], "data.tokenizer: got 'bpe', needs a preset, because a model's folder"),
     ("classify", ["--data.tokenizer=/nowhere"], "data.tokenizer: got '/nowhere', needs a folder"),
     ("classify", ["--lora.r=0"], "lora.r: got 0, needs at least 1"),
+    ("classify", ["--lora.alpha=64"], "lora.alpha: has no effect in this run, needs lora.r"),
+    ("classify", ["--lora.dropout=0.1"], "lora.dropout: has no effect in this run, needs lora.r"),
+    ("tag", ["--lora.targets=query"], "lora.targets: has no effect in this run, needs lora.r"),
+    ("classify", ["--lora.r=2", "--model=minilm-l6"], "lora.r: has no effect in this run, needs the folder of a"),
+    ("classify", ["--data.vocab_size=50"], "data.vocab_size: has no effect in this run, needs a preset whose"),
+    ("classify", ["--data.lowercase=false"], "data.lowercase: has no effect in this run, needs a preset whose"),
+    ("causal-lm", ["--model=nano", "--data.lowercase=true"], "data.lowercase: has no effect in this run"),
+    ("classify", ["--task.distill_weight=0.5"], "task.distill_weight: has no effect in this run, needs --teacher"),
+    ("qa", ["--task.temperature=3"], "task.temperature: has no effect in this run, needs --teacher"),
+    ("classify", ["--train.muon_lr=1"], "train.muon_lr: has no effect in this run, needs train.optimizer=muon"),
+    ("classify", ["--train.decay_ratio=0.3"], "train.decay_ratio: has no effect in this run, needs train.sch"),
+    ("classify", ["--train.max_nonfinite=3"], "train.max_nonfinite: has no effect in this run, needs train.on"),
+    ("classify", ["--dev={one}", "--data.dev_fraction=0.3"], "data.dev_fraction: has no effect in this run"),
+    ("classify", ["--config={idle}"], "lora.alpha: has no effect in this run, needs lora.r"),
     ("classify", ["--lora.r=2", "--lora.targets=nothing"], "targets: 'nothing' names no linear layer"),
     ("classify", ["--clean.near_duplicates=2"], "near_duplicates: got 2"),
     ("classify", ["--clean.min_chars=100000"], "clean: dropped every example"),
@@ -420,6 +438,8 @@ def places(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths["empty"].write_text("")
     paths["file"].write_text("")
     paths["encoder"] = encoder
+    paths["idle"] = place / "idle.yaml"
+    paths["idle"].write_text("lora: {alpha: 64.0, dropout: 0.0}\ntask: {temperature: 2.0}\n")
     paths["strange"] = save_encoder(place / "strange", "ForSequenceClassification", num_labels=2)
     paths["other"] = save_encoder(place / "other")
     import task_cases
