@@ -73,7 +73,8 @@ class Trainer:
         display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
         evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
-            dev_data, under names other than event, step, loss, perplexity and seconds. It gets the model in eval mode, on the first process only.
+            dev_data, under names other than event, step, loss, perplexity and seconds. It gets the model in eval mode,
+            on the first process only.
         best: the metric that selects the best model and that patience counts, and whether higher is better:
             ("loss", False), or the name of one that evaluate_with returns.
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.

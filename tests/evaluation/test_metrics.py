@@ -65,7 +65,7 @@ def test_log_loss_and_ties() -> None:
 def test_a_correlation_with_a_constant_is_nan_and_ranks_are_shared() -> None:
     assert math.isnan(regression.regression([1, 1, 1], [1, 2, 3]).metrics["spearman"])
     rng = np.random.default_rng(0)
-    columns = rng.normal(size=(2, 50, 2)) + [0.0, 100.0]  # of means that alone would correlate
+    columns = rng.normal([0.0, 100.0], size=(2, 50, 2))  # of means that alone would correlate
     found = regression.regression(*columns).metrics
     each = [regression.regression(*columns[:, :, i]).metrics for i in range(2)]
     assert all(found[name] == pytest.approx((each[0][name] + each[1][name]) / 2) for name in found)
