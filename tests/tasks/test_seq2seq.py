@@ -120,7 +120,9 @@ def test_an_encoders_folder_is_both_parts_start(tokenizer: InputTokenizer, tmp_p
 def test_the_head_of_an_encoders_folder_is_dropped(
     kind: str, head: Any, tokenizer: InputTokenizer, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {} if kind == "bert" else {"model_type": "roberta", "type_vocab_size": 1}
+    more: dict[str, Any] = (
+        {} if kind == "bert" else {"model_type": "roberta", "position_offset": 1, "type_vocab_size": 1}
+    )
     if kind == "roberta" and head is BertForPreTraining:
         return  # RoBERTa has no such head
     head(BertConfig(**{**SIZES, "pad_token_id": 0, **more})).save_pretrained(tmp_path)
