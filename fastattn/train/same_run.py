@@ -32,7 +32,7 @@ def describe(
         "task": asdict(sections.task),
         "lora": asdict(sections.lora),
         "model": {} if sections.model is None else sections.model.to_dict(),
-        "run": {"teacher": teacher},
+        "": {"--teacher": teacher},
     }
     found: dict[str, Any] = {
         "task": task.NAME,
@@ -59,20 +59,19 @@ def check_same(folder: Path, here: Mapping[str, Any]) -> list[str]:
     for name, what in (("task", "TASK"), ("labels", "labels")):
         if name in before and before[name] != here[name]:
             raise ConfigError(f"{what}: {folder} was trained with {before[name]}, this run has {here[name]}")
-    for name, what in (("tokens", "tokenizer"), ("train", "--train")):
+    for name, what, kind in (("tokens", "tokenizer", "tokens"), ("train", "--train", "examples")):
         if name in before and before[name] != here[name]:
             raise ConfigError(
-                f"{what}: {folder} was trained with others than those of this run; resuming needs the same, and a new "
-                f"run may start from its model"
+                f"{what}: {folder} was trained with other {kind} than this run's; a run resumes with the same ones, "
+                f"and a new run may start from its model"
             )
     notes = []
     for section, options in here["options"].items():
         earlier = before.get("options", {}).get(section, {})
         for key, value in options.items():
             if key in earlier and earlier[key] != value:
-                notes.append(
-                    f"{section}.{key}: {folder} was trained with {earlier[key]}, this run has {value}"
-                )
+                name = f"{section}.{key}" if section else key
+                notes.append(f"{name}: {folder} was trained with {earlier[key]}, this run has {value}")
     if before.get("dev", here["dev"]) != here["dev"]:
         notes.append(f"--dev: {folder} was evaluated on other examples, to which earlier figures belong")
     return notes
