@@ -25,9 +25,6 @@ from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
-    REGRESSION,
-    SEVERAL,
-    SINGLE,
     Encoded,
     Source,
     chosen_head,
@@ -37,6 +34,9 @@ from fastattn.tasks.training import (
     saved_labels,
     soft_loss,
 )
+from fastattn.tasks.training import REGRESSION as REGRESSION
+from fastattn.tasks.training import SEVERAL as SEVERAL
+from fastattn.tasks.training import SINGLE as SINGLE
 
 NAME = "classify"
 MODELS = (BertForSequenceClassification,)

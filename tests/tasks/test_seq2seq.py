@@ -24,6 +24,7 @@ from fastattn.models import (
     BertForTokenClassification,
     EncoderDecoder,
 )
+from fastattn.models.presets import FAMILY_FIELDS
 from fastattn.tasks import masked_lm, seq2seq
 from fastattn.train.task_config import DataConfig
 from fastattn.train.tokenizing import Texts, learnt_tokenizer
@@ -120,12 +121,10 @@ def test_an_encoders_folder_is_both_parts_start(tokenizer: InputTokenizer, tmp_p
 def test_the_head_of_an_encoders_folder_is_dropped(
     kind: str, head: Any, tokenizer: InputTokenizer, tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = (
-        {} if kind == "bert" else {"model_type": "roberta", "position_offset": 1, "type_vocab_size": 1}
-    )
+    more: dict[str, Any] = {} if kind == "bert" else {"model_type": kind, **FAMILY_FIELDS[kind]}
     if kind == "roberta" and head is BertForPreTraining:
         return  # RoBERTa has no such head
-    head(BertConfig(**{**SIZES, "pad_token_id": 0, **more})).save_pretrained(tmp_path)
+    head(BertConfig(**{**more, **SIZES, "type_vocab_size": 1 if more else 2})).save_pretrained(tmp_path)
     options = seq2seq.Options()
     model = seq2seq.new_model(tmp_path, examples(options), options, tokenizer)
     assert torch.equal(model.encoder.embeddings.word_embeddings.weight, model.decoder.wte.weight)
