@@ -22,7 +22,8 @@ def texts(
 
     Raises:
         MissingPackage: sacrebleu is not installed.
-        ValueError: there is no text, the numbers of references and predictions differ, or a text has no reference.
+        ValueError: there is no text, the numbers of references and predictions differ, a text has no reference, or
+            sacrebleu has no such tokenizer or cannot load it.
     """
     count = check_texts(references, predictions)
     scores, signatures = machine_translation(references, predictions, tokenize=tokenize)
@@ -41,6 +42,20 @@ def check_installed() -> None:
         raise MissingPackage("BLEU and chrF", "sacrebleu") from None
 
 
+def check_tokenizer(name: str, value: str) -> str:
+    """sacrebleu's tokenizer of that name; ValueError by the argument's name for one that it lacks or cannot load."""
+    check_installed()
+    from sacrebleu.metrics import BLEU
+
+    if value not in BLEU.TOKENIZERS:
+        raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(BLEU.TOKENIZERS)}")
+    try:
+        BLEU(tokenize=value)
+    except Exception as error:  # of a package or file that this tokenizer needs
+        raise ValueError(f"{name}: {value!r} cannot be used ({' '.join(str(error).split())})") from None
+    return value
+
+
 def machine_translation(
     references: Sequence[Sequence[str]], predictions: Sequence[str], *, tokenize: str | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -48,6 +63,8 @@ def machine_translation(
     check_installed()
     from sacrebleu.metrics import BLEU, CHRF
 
+    if tokenize is not None:
+        check_tokenizer("tokenize", tokenize)
     check_texts(references, predictions)
     most = max(map(len, references))
     # one list for each place among the references; sacrebleu reads None as none there

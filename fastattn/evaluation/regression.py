@@ -12,7 +12,8 @@ def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
     """pearson, spearman, mse and mae of predictions; a correlation with a constant is NaN.
 
     Args:
-        references, predictions: (N,) finite numbers.
+        references, predictions: (N,) finite numbers, or (N, C), C for each example, of which a correlation is the mean
+            of those of the columns.
 
     Raises:
         ValueError: there is no number, the shapes differ, or a number is not finite.
@@ -20,13 +21,18 @@ def regression(references: npt.ArrayLike, predictions: npt.ArrayLike) -> Report:
     expected, given = np.asarray(references, np.float64), np.asarray(predictions, np.float64)
     count = check_pairs(expected, given)
     for name, values in (("references", expected), ("predictions", given)):
-        if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers of one dimension")
+        if values.ndim not in (1, 2) or not values.size or not np.isfinite(values).all():
+            raise ValueError(f"{name}: got shape {values.shape}, needs finite numbers (N,) or (N, C)")
+    if expected.shape != given.shape:
+        raise ValueError(
+            f"predictions: got shape {given.shape}, needs that of the references, {expected.shape}"
+        )
+    columns = list(zip(expected.reshape(count, -1).T, given.reshape(count, -1).T))
     difference = given - expected
     return Report(
         metrics={
-            "pearson": pearson(expected, given),
-            "spearman": pearson(ranks(expected), ranks(given)),
+            "pearson": float(np.mean([pearson(x, y) for x, y in columns])),
+            "spearman": float(np.mean([pearson(ranks(x), ranks(y)) for x, y in columns])),
             "mse": float((difference**2).mean()),
             "mae": float(np.abs(difference).mean()),
         },

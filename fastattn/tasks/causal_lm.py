@@ -81,27 +81,40 @@ def new_model(
 def attach_teacher(
     model: Student, tokenizer: Tokenizer, teacher: tuple[GPT, Tokenizer], options: Any
 ) -> None:
-    """Give the model a teacher, which must have the same tokens.
+    """Give the model a teacher, which must have the same tokens and a position for each of a block.
 
     Raises:
-        DataError: the teacher's tokens differ.
+        DataError: the teacher's tokens differ, or it has fewer positions.
     """
     theirs, their_tokenizer = teacher
     if their_tokenizer.core.get_vocab() != tokenizer.core.get_vocab():
         raise DataError(
             "--teacher: its tokenizer has other tokens than the model's; soft labels need the same ones"
         )
+    length, positions = block_length(model, options), theirs.max_positions
+    if positions is not None and positions < length:
+        raise DataError(
+            f"--teacher: has {positions} positions, rows of this run have {length} tokens; "
+            f"task.max_length={positions} fits"
+        )
     model.learn_from(theirs, weight=options.distill_weight, temperature=options.temperature)
 
 
 def block_length(model: Any, options: Any) -> int:
     """Tokens of a block; DataError where the model has fewer positions."""
-    positions = model.config.n_positions
+    positions = model.config.n_positions - model.config.position_offset
     if options.max_length is None:
         return min(MAX_LENGTH, positions)
     if options.max_length > positions:
         raise DataError(f"task.max_length: got {options.max_length}, the model has {positions} positions")
     return options.max_length
+
+
+def check_stride(options: Options, length: int) -> int:
+    """The length of a window; DataError where the stride of an evaluation is not less."""
+    if options.stride is not None and options.stride >= length:
+        raise DataError(f"task.stride: got {options.stride}, needs less than the {length} tokens of a window")
+    return length
 
 
 def training_set(
@@ -119,9 +132,9 @@ def training_set(
     reuse: the folder holds the files of an earlier call with the same arguments, and no example is read.
 
     Raises:
-        DataError: the text has fewer than two tokens, or the teacher's tokens differ.
+        DataError: the text has fewer than two tokens, an option does not fit the model, or the teacher's tokens differ.
     """
-    length = block_length(model, options)
+    length = check_stride(options, block_length(model, options))
     if reuse and folder is not None:
         stream = TokenStream.load(folder)
     else:
@@ -168,9 +181,7 @@ def evaluate(
 ) -> Report:
     """Loss per token, perplexity and bits per byte of the documents, see `perplexity.evaluate_documents`."""
     options = options or Options()
-    length = block_length(model, options)
-    if options.stride is not None and options.stride >= length:
-        raise DataError(f"task.stride: got {options.stride}, needs less than the {length} tokens of a window")
+    length = check_stride(options, block_length(model, options))
     return evaluate_documents(
         model,
         tokenizer,

@@ -125,6 +125,13 @@ def training_set(
     return data
 
 
+def dev_set(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options
+) -> BestFitDataset:
+    """The same for the dev set, whose truncated conversations may all lack the token that ends a turn."""
+    return packed(model, tokenizer, examples, options, ends_of(model, tokenizer))
+
+
 def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
     """The first conversation up to the assistant's first message, and the model's greedy answer."""
     messages = examples[0].messages

@@ -18,7 +18,6 @@ from fastattn.evaluation.classification import multi_label, single_label
 from fastattn.evaluation.regression import regression
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForSequenceClassification
-from fastattn.models.bert_config import PROBLEM_TYPES
 from fastattn.models.fields import one_of, or_none, positive, size, text
 from fastattn.models.heads import ClassifierOutput
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, run, wide
@@ -33,8 +32,11 @@ from fastattn.tasks.training import (
     load_encoder,
     longest_of,
     saved_labels,
-    soft_cross_entropy,
+    soft_loss,
 )
+from fastattn.tasks.training import REGRESSION as REGRESSION
+from fastattn.tasks.training import SEVERAL as SEVERAL
+from fastattn.tasks.training import SINGLE as SINGLE
 
 NAME = "classify"
 MODELS = (BertForSequenceClassification,)
@@ -44,7 +46,6 @@ LABELS = ("label",)
 NEW_PARTS = ("head.*", "classifier.*")  # parameters outside of the encoder
 DEFAULTS = FINE_TUNING
 KINDS = ("auto", "single", "several", "regression")
-REGRESSION, SINGLE, SEVERAL = PROBLEM_TYPES
 
 Label = str | tuple[str, ...] | tuple[float, ...]  # one label, several labels, or the numbers of a regression
 
@@ -56,8 +57,8 @@ class Options(CheckedOptions):
     Args:
         max_length: most tokens of a text, which is truncated there; None for the model's limit.
         kind: "single", one label; "several" labels at once (a list in each example); "regression", a number or a list
-            of numbers; "auto" decides by the values: lists of names are several, numbers with a fraction and lists of
-            numbers a regression, everything else single.
+            of numbers; "auto" decides by the values: with a fraction in a number or in a list of numbers a regression,
+            with other lists several, everything else single.
         separator: separates labels in a text, because CSV has no lists.
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
         distill_weight: share of the teacher's loss in the total loss.
@@ -101,8 +102,9 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     kind = options.kind
     if kind == "auto":
         lists = any(isinstance(value, list) for value in values)
-        fractions = any(isinstance(value, float) for value in values)
-        kind = "several" if lists else "regression" if fractions else "single"
+        numbers = (each for value in values for each in (value if isinstance(value, list) else [value]))
+        fractions = any(isinstance(each, float) for each in numbers)
+        kind = "regression" if fractions else "several" if lists else "single"
     made = []
     for record, value in zip(records, values):
         pair = text_of(record, "text_pair") if record.fields.get("text_pair") is not None else None
@@ -159,7 +161,7 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 class Classifier(BertForSequenceClassification):
     """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) besides labels.
 
-    loss = (1 - w) * loss of the labels + w * T^2 KL(teacher || model), with w `distill_weight` and T `temperature`.
+    loss = (1 - w) * loss of the labels + w * `soft_loss`, with w `distill_weight` and T `temperature`.
     """
 
     distill_weight = 0.0
@@ -170,7 +172,7 @@ class Classifier(BertForSequenceClassification):
         output = super().forward(*args, **kwargs)
         if teacher_logits is None or output.loss is None:
             return output
-        soft = soft_cross_entropy(output.logits, teacher_logits, self.temperature)
+        soft = soft_loss(output.logits, teacher_logits, self.temperature, self.config.problem_type)
         mixed = (1 - self.distill_weight) * output.loss + self.distill_weight * soft
         return output._replace(loss=mixed)
 
@@ -205,6 +207,7 @@ def training_set(
     rows = rows_of(model, tokenizer, examples, options)
     others = {}
     if teacher is not None:
+        check_kind(teacher[0], examples)
         others["teacher_logits"] = teacher_logits(*teacher, examples, model.config.labels())
     return Encoded(rows, targets_of(model, examples), others=others, **layout_of(model))
 
@@ -252,7 +255,7 @@ def evaluate(
     logits = run(model, rows, batch_size, lambda out, i, _: wide(out.logits[i]).cpu())
     kind, targets = kind_of(examples), targets_of(model, examples)
     if kind == REGRESSION:
-        return regression([n for row in targets for n in row], torch.cat(logits).tolist())
+        return regression(targets, torch.stack(logits).tolist())
     if kind == SINGLE:
         return single_label(targets, torch.stack(logits).softmax(-1).tolist(), model.config.labels())
     return multi_label(targets, torch.stack(logits).sigmoid().tolist(), model.config.labels())
@@ -276,6 +279,13 @@ def check_labels(model: Any, examples: Sequence[Example]) -> None:
             if name not in known:
                 listed = ", ".join(sorted(known)[:8])
                 raise DataError(f"{example.where}: label {name!r} is not one of the model's: {listed}")
+
+
+def check_kind(teacher: Any, examples: Sequence[Example]) -> None:
+    """Refuse a teacher of another kind of labels, whose logits mean something else; DataError names both."""
+    theirs, needed = teacher.config.problem_type, kind_of(examples)
+    if theirs not in (None, needed):
+        raise DataError(f"--teacher: its problem_type is {theirs}, the labels of the data need {needed}")
 
 
 def teacher_logits(

@@ -33,7 +33,7 @@ class Student(GPT):
         """Set the teacher; it is put into eval mode and never trained.
 
         Raises:
-            DataError: its vocabulary differs from the model's, or it has fewer positions.
+            DataError: its vocabulary differs from the model's.
         """
         if teacher.config.vocab_size != self.config.vocab_size:
             raise DataError(

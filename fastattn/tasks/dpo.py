@@ -236,10 +236,14 @@ def training_set(
     """The examples as items, with their log-probabilities under the model as it is now, the reference.
 
     Raises:
-        DataError: no pair has a token of both answers within the limit.
+        DataError: no pair has two different answers within the limit.
     """
     length = causal_lm.block_length(model, options)
     pairs, cut, cut_rows = pairs_of(model, tokenizer, examples, length)
+    if all(pair.chosen == pair.rejected for pair in pairs):
+        raise DataError(
+            f"data: within {length} tokens no pair has two different answers, needs a larger task.max_length"
+        )
     chosen, rejected = logprobs(model, pairs, length, tokenizer.pad_id, BATCH_SIZE)
     data = Preferences(pairs, (chosen - rejected).tolist(), length=length, pad_id=tokenizer.pad_id)
     data.cut, data.cut_rows = cut, cut_rows

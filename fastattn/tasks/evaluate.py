@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
-import yaml
 
 from fastattn.console import InputError, check_folder
 from fastattn.data import DataError, Tokenizer
@@ -161,6 +160,7 @@ def task_of(folder: Path, name: str | None) -> ModuleType:
 def options_of(task: ModuleType, words: Sequence[str]) -> Any:
     """The task's options of words as KEY=VALUE."""
     known = {field.name for field in dataclasses.fields(task.Options)}
+    hints = get_type_hints(task.Options)
     values: dict[str, Any] = {}
     for word in words:
         key, equals, written = word.partition("=")
@@ -168,14 +168,25 @@ def options_of(task: ModuleType, words: Sequence[str]) -> Any:
             raise InputError(
                 f"--option {word[:100]}: needs KEY=VALUE with a key of {task.NAME}: {', '.join(sorted(known))}"
             )
-        try:
-            values[key] = yaml.safe_load(written)
-        except (yaml.YAMLError, ValueError):
-            values[key] = written
+        values[key] = _value(written, hints[key])
     try:
         return task.Options(**values)
     except (TypeError, ValueError) as error:
         raise InputError(f"--option {error}") from None
+
+
+def _value(written: str, hint: Any) -> Any:
+    """A word as an option's type; as it is where it is none of that type, which the option's check says."""
+    kinds = get_args(hint) or (hint,)
+    if type(None) in kinds and written.lower() in ("none", "null"):
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(written)
+            except ValueError:
+                continue
+    return {"true": True, "false": False}.get(written.lower(), written) if bool in kinds else written
 
 
 def columns_of(task: ModuleType, words: Sequence[str]) -> dict[str, str]:
@@ -260,9 +271,7 @@ def _majority_class(model: Any, examples: Sequence[Any], training: Sequence[Any]
     seen = [example.label for example in training or examples]
     if classify.kind_of(examples) == classify.REGRESSION:
         mean = np.mean(np.array(seen, float), axis=0)
-        return regression.regression(
-            [n for e in examples for n in e.label], [n for _ in examples for n in mean.tolist()]
-        )
+        return regression.regression([e.label for e in examples], [mean.tolist() for _ in examples])
     if classify.kind_of(examples) == classify.SEVERAL:
         raise ValueError("--baseline majority: needs examples with one label each")
     label = baselines.majority(seen)
@@ -298,9 +307,10 @@ def _whole(example: Any) -> str:
 
 def _majority_tags(model: Any, examples: Sequence[Any], training: Sequence[Any]) -> Report:
     """Each word gets its most frequent tag in the training data, or O if it does not occur there."""
+    tag.check_labels(model, [*training, *examples])
     tags = baselines.tags_by_word([e.tokens for e in training], [e.tags for e in training])
     found = [[tags.get(word, spans.OUTSIDE) for word in e.tokens] for e in examples]
-    return spans.entity_f1([e.tags for e in examples], found)
+    return tag.report_of(model, examples, found)
 
 
 def _texts(write: Callable[[str], str]) -> Method:

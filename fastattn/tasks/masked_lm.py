@@ -196,14 +196,14 @@ def training_set(
         DataError: the tokenizer has no mask token, there are fewer than two documents for pairs, or the teacher, a
             model with its tokenizer, has other tokens.
     """
-    if teacher is not None:
-        attach_teacher(model, tokenizer, teacher, options)
     if tokenizer.mask_id is None:
         raise DataError("tokenizer: has no mask token, which masked-lm needs")
     limit = options.max_length
     if limit is None:
         limit = min(MAX_LENGTH, longest_of(model, tokenizer, None))
     longest = longest_of(model, tokenizer, limit)
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options, longest)
     around = Around.of(tokenizer)
     texts = (example.text for example in examples)
     passages: Sequence[Passage]

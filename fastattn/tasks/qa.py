@@ -150,8 +150,6 @@ def training_set(
         DataError: a question leaves no room for its context, an answer has no token, or the teacher, a model with
             its tokenizer, has other tokens.
     """
-    if teacher is not None:
-        attach_teacher(model, tokenizer, teacher, options)
     windows = windows_of(model, tokenizer, examples, options)
     rows, labels = [], []
     for example, of_example in zip(examples, windows):
@@ -163,6 +161,8 @@ def training_set(
             )
         rows += of_example
         labels += [list(place) for place in places]
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options, max((len(row.ids) for row in rows), default=0))
     return Encoded(rows, labels, **layout_of(model))
 
 

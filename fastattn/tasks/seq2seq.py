@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, text_of
-from fastattn.evaluation.generation import check_installed, texts
+from fastattn.evaluation.generation import check_installed, check_tokenizer, texts
 from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
 from fastattn.models.embedding import encoder_folder
@@ -47,6 +48,14 @@ LOOKED_AT = 1000  # targets
 SPECIAL = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
 
 
+def sacrebleu_tokenizer(name: str, value: Any) -> str:
+    """A tokenizer of sacrebleu, if that is installed; a run without it is refused later, by its name."""
+    try:
+        return check_tokenizer(name, text_field(name, value))
+    except MissingPackage:
+        return str(value)
+
+
 @dataclass(frozen=True)
 class Options(CheckedOptions):
     """How pairs are truncated, and how targets are generated.
@@ -75,7 +84,7 @@ class Options(CheckedOptions):
         "max_length": or_none(size),
         "max_target_length": or_none(size),
         "num_beams": size,
-        "bleu_tokenizer": or_none(text_field),
+        "bleu_tokenizer": or_none(sacrebleu_tokenizer),
         "pick": one_of(("loss", "bleu", "chrf")),
         "distill_weight": part,
         "temperature": positive,
@@ -233,8 +242,6 @@ def training_set(
     Raises:
         DataError: an option does not fit the model, or the teacher, a model with its tokenizer, has other tokens.
     """
-    if teacher is not None:
-        attach_teacher(model, tokenizer, teacher, options)
     sources = source_rows(model, tokenizer, examples, options)
     end = end_of(model)
     limit = target_length(model, options)
@@ -243,6 +250,9 @@ def training_set(
         ids = tokenizer.core.encode(example.target, add_special_tokens=False).ids
         kept = ids[: limit - 1]
         targets.append(Row([*kept, end], [], [], [], len(ids) - len(kept)))
+    if teacher is not None:
+        lengths = (max((len(row.ids) for row in rows), default=0) for rows in (sources, targets))
+        attach_teacher(model, tokenizer, teacher, options, *lengths)
     config = model.config.encoder
     return Pairs(sources, targets, pad_id=config.pad_token_id or 0, typed=config.type_vocab_size > 1)
 

@@ -152,10 +152,10 @@ def training_set(
     Raises:
         DataError: the teacher, a model with its tokenizer, has other tokens or labels.
     """
-    if teacher is not None:
-        attach_teacher(model, tokenizer, teacher, options)
     place = {name: number for number, name in enumerate(model.config.labels())}
     rows, words = rows_of(model, tokenizer, examples, options)
+    if teacher is not None:
+        attach_teacher(model, tokenizer, teacher, options, max((len(row.ids) for row in rows), default=0))
     labels = []
     for example, of_row in zip(examples, words):
         last, row = -1, []
@@ -217,7 +217,11 @@ def evaluate(
                 tags[word] = label
         return tags
 
-    found = run(model, rows, batch_size, take)
+    return report_of(model, examples, run(model, rows, batch_size, take))
+
+
+def report_of(model: Any, examples: Sequence[Example], found: Sequence[Sequence[str]]) -> Report:
+    """The figures of `evaluate` for a tag for each word, of the model's or known from training data."""
     if all(map(_is_bio, (*model.config.labels(), *labels_in(examples)))):
         return entity_f1([example.tags for example in examples], found)
     right = [a == b for example, tags in zip(examples, found) for a, b in zip(example.tags, tags)]

@@ -59,24 +59,62 @@ class Taught:
 
 
 def attach_teacher(
-    model: Any, tokenizer: InputTokenizer, teacher: tuple[Any, InputTokenizer], options: Any
+    model: Any,
+    tokenizer: InputTokenizer,
+    teacher: tuple[Any, InputTokenizer],
+    options: Any,
+    *lengths: int,
 ) -> None:
     """Have the model learn from a teacher, whose tokens must be the same.
 
+    lengths: most tokens of a row, and for an encoder-decoder of a target.
+
     Raises:
-        DataError: they are not, or a classifier's labels are others.
+        DataError: they are not, a classifier's labels are others, the logits have another width, or the teacher has too
+            few positions.
     """
     theirs, their_tokenizer = teacher
     if their_tokenizer.core.get_vocab() != tokenizer.core.get_vocab():
         raise DataError(
             "--teacher: its tokenizer has other tokens than the model's; soft labels need the same ones"
         )
+    _check_sizes(model, theirs, tokenizer, lengths)
     if isinstance(model, TaughtTagger):
         labels = theirs.config.labels()
         if odd := sorted(set(labels) ^ set(model.config.labels())):
             raise DataError(f"--teacher: its labels differ from the data's, as {odd[0]!r}")
         model.teacher_order = [labels.index(name) for name in model.config.labels()]
     model.learn_from(theirs, weight=options.distill_weight, temperature=options.temperature)
+
+
+def _check_sizes(model: Any, teacher: Any, tokenizer: InputTokenizer, lengths: tuple[int, ...]) -> None:
+    """Refuse a teacher that lacks an embedding or a position for a row, or whose logits have another width."""
+    if isinstance(model, EncoderDecoder):
+        sizes = [teacher.config.encoder.vocab_size, teacher.config.decoder.vocab_size]
+        positions = [_positions(teacher.config.encoder), teacher.decoder.max_positions]
+        written = (teacher.config.decoder.vocab_size, model.config.decoder.vocab_size)
+    else:
+        sizes, positions = [teacher.config.vocab_size], [_positions(teacher.config)]
+        words = isinstance(model, _TaughtWords)
+        written = (teacher.config.vocab_size, model.config.vocab_size) if words else (0, 0)
+    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= min(sizes):
+        raise DataError(
+            f"--teacher: its vocab_size is {min(sizes)}, the model's tokenizer has ids up to {largest}"
+        )
+    if written[0] != written[1]:
+        raise DataError(
+            f"--teacher: its vocab_size is {written[0]}, the model's is {written[1]}; soft labels need the same one"
+        )
+    for limit, length in zip(positions, lengths):
+        if limit is not None and limit < length:
+            raise DataError(f"--teacher: has {limit} positions, rows of this run have up to {length} tokens")
+
+
+def _positions(config: Any) -> int | None:
+    """Most tokens that an encoder reads; None where any number has positions."""
+    positions: int = config.max_position_embeddings - config.position_offset
+    return positions if config.positions == "learned" else None
 
 
 def inputs_for(teacher: Any, given: dict[str, Any]) -> dict[str, Any]:

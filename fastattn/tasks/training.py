@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, mse_loss
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.models import BertConfig
+from fastattn.models.bert_config import PROBLEM_TYPES
 from fastattn.models.checkpoint import Pretrained
 from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.load import family_of, naming_file
@@ -35,6 +37,7 @@ FINE_TUNING: Mapping[
     "beta2": 0.999,
 }
 HEADS = ("auto", "new", "saved")
+REGRESSION, SINGLE, SEVERAL = PROBLEM_TYPES
 
 
 def learning_rate(width: int) -> float:
@@ -225,6 +228,24 @@ def config_of(source: Path | str, cls: type[Pretrained]) -> tuple[BertConfig, Pa
         return family_of(entries, cls.families).read_config(entries), folder
     except ValueError as error:
         raise ValueError(naming_file(error, folder / CONFIG)) from None
+
+
+def soft_loss(logits: Tensor, teacher: Tensor, temperature: float, problem_type: str | None) -> Tensor:
+    """A teacher's part of a classifier's loss, of logits (B, L) and the teacher's (B, L), by the kind of labels.
+
+    One label: `soft_cross_entropy`. Several labels at once: the mean over examples and labels of T^2 times the
+    divergence of each label's two probabilities, the sigmoids of logits / T. A regression: the mean squared error,
+    which T does not change.
+    """
+    if problem_type == REGRESSION:
+        return mse_loss(logits.float(), teacher.float())
+    if problem_type != SEVERAL:
+        return soft_cross_entropy(logits, teacher, temperature)
+    given, target = logits.float() / temperature, teacher.float() / temperature
+    wanted = target.sigmoid()
+    yes = wanted * (logsigmoid(target) - logsigmoid(given))
+    no = (1 - wanted) * (logsigmoid(-target) - logsigmoid(-given))
+    return (yes + no).mean() * temperature**2
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +38,17 @@ def check_arguments(
     for name, (good, value, need) in needs.items():
         if not good:
             raise TypeError(f"{name}: got {type(value).__name__}, needs {need}")
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raise TypeError unless a checkpoint can hold the inputs: None, or a mapping in JSON's types."""
+    try:
+        good = inputs is None or isinstance(inputs, Mapping)
+        json.dumps(inputs)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise TypeError(f"inputs: got {type(inputs).__name__}, needs a mapping in JSON's types, or None")
 
 
 def check_evaluation(dev_data: Any, evaluate_with: Any, best: Any, show_with: Any) -> None:

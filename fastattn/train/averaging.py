@@ -13,7 +13,10 @@ from fastattn.train.sharding import own_part
 
 
 class Averaged:
-    """The moving average of a model's trained weights; an update gives decay * average + (1 - decay) * weights.
+    """The moving average of a model's trained weights; an update gives d * average + (1 - d) * weights.
+
+    d is min(decay, (1 + n) / (10 + n)) after n steps, so that the first weights, which are those before any training,
+    are soon forgotten also where the run is short for the decay.
 
     It is float32 where the weights have 16 bits, whose rounding would hide such small changes.
 
@@ -25,12 +28,13 @@ class Averaged:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.values = [_wide(p).clone() for p in self.parameters]
-        self._update = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update the average with the weights after a step."""
-        self._update(_parts(self.values), _parts([_wide(p) for p in self.parameters]), 1)
+    def update(self, step: float) -> None:
+        """Update the average with the weights after a step that `step` others preceded."""
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        update(_parts(self.values), _parts([_wide(p) for p in self.parameters]), 1)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

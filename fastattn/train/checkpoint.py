@@ -93,18 +93,20 @@ class RunDirectory:
             self._put_back()
         self.resume_from = self._find_checkpoint(resume, model)
         restarts = resume == "auto" and (self.path / LOG).exists()  # stopped before its first checkpoint
-        if not (restarts or overwrite or self._resumes_here()) and self._holds_run():
+        if not (restarts or overwrite or self.resumes_here) and self._holds_run():
             raise ConfigError(
                 f'output_dir: {self.path} already holds a run; resume it with resume="auto", '
                 f"replace it with overwrite=true, or choose another directory"
             )
-        if self._resumes_here() and self.checkpoints()[-1].name != Path(resume).name != "auto":
+        if self.resumes_here and self.checkpoints()[-1].name != Path(resume).name != "auto":
             newest = self.checkpoints()[-1]
             raise ConfigError(
                 f"resume: {self.path} also holds the newer {newest.name}; delete it or choose another output_dir"
             )
 
-    def _resumes_here(self) -> bool:
+    @property
+    def resumes_here(self) -> bool:
+        """Whether the checkpoint to resume from is in this folder, which then holds the best model of its run."""
         return self.resume_from is not None and self.resume_from.parent.resolve() == self.path.resolve()
 
     def _holds_run(self) -> bool:

@@ -46,8 +46,8 @@ class TrainConfig:
             dropped: the same weights from less memory, most of the gradients'. Needs one process, accumulate=1,
             grad_clip=None, as the norm of all gradients is known only after the pass, and on_nonfinite="stop", which
             leaves the weights changed.
-        ema_decay: evaluate and save an exponential moving average of the weights with this decay; None for the weights
-            themselves.
+        ema_decay: evaluate and save an exponential moving average of the weights with this decay, or (1 + n) / (10 + n)
+            after n steps where that is less; None for the weights themselves.
         seed: of the data's order, dropout and all other random numbers.
         deterministic: use only deterministic algorithms of torch.
         log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; with None,

@@ -16,6 +16,7 @@ from fastattn.train.objective import Objective
 from fastattn.train.rng import seeded
 from fastattn.train.sharding import Sharding
 
+RESERVED = ("event", "step", "loss", "perplexity", "seconds")  # of the record of an evaluation
 Figures = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -55,7 +56,7 @@ class Evaluator:
         """Mean loss per target over `data`, and the figures.
 
         Raises:
-            ValueError: all labels of the data are ignored, or a metric is not a number.
+            ValueError: all labels of the data are ignored, or a metric is not a number or has a name of `RESERVED`.
         """
         device = self.batches.device
         with evaluating(self.model), seeded(self.config.seed, device):
@@ -109,6 +110,11 @@ class Evaluator:
             for name, value in self.distributed.on_first(lambda: dict(figures_with(model))).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ValueError(f"evaluate_with: its {name} is {value!r}, needs a number")
+                if name in RESERVED:
+                    raise ValueError(
+                        f"evaluate_with: got a metric {name!r}, which the record of an evaluation has itself; "
+                        f"needs another name"
+                    )
                 found[name] = float(value)
         return found
 

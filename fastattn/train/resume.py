@@ -31,6 +31,7 @@ WHOLE_FILES = (OPTIMIZER, WEIGHTS)
 # The keys of TrainState.window, where it is not empty.
 WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
 ROWS = ("batch_size", "accumulate")  # options that decide the rows of a process's step
+INPUTS = "inputs"  # the entry of STATE with what the run was made from
 SUMS = "files"  # the entry of STATE with the sums of the other files
 READERS = 4  # files whose sums are computed at once
 
@@ -97,6 +98,22 @@ def read_checkpoint(folder: Path) -> Saved:
     if not isinstance(average, list) or not all(isinstance(value, torch.Tensor) for value in average):
         raise DamagedCheckpoint(f"{folder / AVERAGE}: holds no list of tensors")
     return Saved(state, sampler, scaler, options, world_size, generators, optimizer, average)
+
+
+def inputs_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of the inputs of its run, empty where it says nothing.
+
+    Raises:
+        DamagedCheckpoint: it is no object, or its options are none by section.
+    """
+    path = folder / STATE
+    entries = _read_json(path)
+    found: dict[str, Any] = _part(entries, INPUTS, dict, path) if entries.get(INPUTS) is not None else {}
+    if "options" in found:
+        options = _part(found, "options", dict, path, f"{INPUTS}.")
+        for section in options:
+            _part(options, section, dict, path, f"{INPUTS}.options.")
+    return found
 
 
 def _need_files(folder: Path, names: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -19,22 +18,26 @@ from safetensors import safe_open
 from torch import nn
 
 from fastattn.cache import write_atomically
+from fastattn.data import DataError
 from fastattn.models import GPT, families
 from fastattn.models.checkpoint.hub import resolve_folder
-from fastattn.models.lora import attach, merge
+from fastattn.models.lora import merge
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import learning_rate
+from fastattn.train.adapters import attach_adapters
 from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
 from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.log import plain
+from fastattn.train.needs import check_effect
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.resume import WEIGHTS
+from fastattn.train.same_run import check_same, describe
 from fastattn.train.sections import ConfigError
 from fastattn.train.state import FitResult
-from fastattn.train.task_config import Sections, presets_of, read_sections
+from fastattn.train.task_config import Sections, kinds_of, presets_of, read_sections
 from fastattn.train.task_data import TaskData, check_columns, read_data
 from fastattn.train.tokenizing import (
     Texts,
@@ -92,6 +95,8 @@ class Prepared:
     saved_tokenizer: Any  # the tokenizer that the run saves; None where the model's folder has it
     train_set: Any
     dev_set: Any
+    about: dict[str, Any]  # what the run is made from, for its checkpoints
+    notes: tuple[str, ...] = ()  # on what differs from the run that is resumed
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
@@ -101,10 +106,16 @@ def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str
     transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config) and report.json.
 
     Raises:
-        ConfigError: an input cannot be used; raised before any training.
+        ConfigError: an input cannot be used; raised before any training, except for what only a step shows.
         TrainingDiverged: see `Trainer.fit`.
     """
-    return fit(prepare(inputs), display=display)
+    prepared = prepare(inputs)
+    try:
+        return fit(prepared, display=display)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def prepare(inputs: Inputs) -> Prepared:
@@ -139,10 +150,13 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         prepared.dev_set,
         tokenizer=prepared.saved_tokenizer,
         display=display,
+        inputs=prepared.about,
         **({"collate": prepared.train_set.collate} if hasattr(prepared.train_set, "collate") else {}),
         **options,
     )
     out = Path(prepared.inputs.out)
+    for note in prepared.notes:
+        trainer.display.note(f"WARNING: {note}")
     if data.held_out is not None:
         trainer.display.note(
             f"no --dev: {data.held_out} examples are held out of the training data, {len(data.train)} train"
@@ -152,11 +166,9 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         trainer.display.note(f"data: in files in {data.folder}, for later runs of the same data too")
     for name, count in data.cleaning.items():
         trainer.display.note(f"clean.{name}: {count} examples")
-    if getattr(prepared.train_set, "cut_rows", 0):
-        cut = prepared.train_set
-        trainer.display.note(
-            f"{cut.cut_rows} texts are longer than the model's limit: {cut.cut} tokens are cut"
-        )
+    if rows := getattr(prepared.train_set, "cut_rows", 0):
+        tokens = prepared.train_set.cut
+        trainer.display.note(f"{rows} texts are longer than the model's limit: {tokens} tokens are cut")
     if hasattr(task, "lost") and (lost := task.lost(prepared.tokenizer, data.train)):
         trainer.display.note(lost)
     result = trainer.fit()
@@ -193,6 +205,16 @@ def _prepare(inputs: Inputs) -> Prepared:
         raise ConfigError(f"--teacher: the task {task.NAME} does not support it; {able} do")
     preset = _preset_of(inputs.model, task)
     sections = _sections(inputs, task, preset)
+    check_effect(
+        kinds_of(task, preset),
+        sections,
+        preset=preset,
+        teacher=inputs.teacher,
+        dev=bool(inputs.dev),
+        decoder=GPT in task.MODELS,
+        file=inputs.config,
+        words=inputs.overrides,
+    )
     directory = RunDirectory(inputs.out, resume=sections.train.resume, overwrite=sections.train.overwrite)
     if preset is None:
         _check_class(inputs.model, task)
@@ -211,7 +233,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     tokenizer = None if learns else saved_tokenizer(inputs.model, sections, task)
     corpus = _corpus(task, inputs, sections)
     data = read_data(task, inputs.train, inputs.dev, sections) if corpus is None else corpus.read()
-    to_save = tokenizer if sections.data.tokenizer is not None else None
+    to_save = None if sections.data.tokenizer is None else tokenizer
     if tokenizer is None:
 
         def learn() -> Any:
@@ -230,20 +252,31 @@ def _prepare(inputs: Inputs) -> Prepared:
     if getattr(task, "CHANGES_TOKENIZER", False):
         to_save = tokenizer
     if sections.lora.r is not None:
-        _attach(model, task, sections)
+        attach_adapters(model, task, sections.lora)
     extra = {} if teacher is None else {"teacher": teacher}
     if corpus is None:
         train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
-        dev_set = task.training_set(model, tokenizer, data.dev, data.options)
+        dev_set = _dev_set(task, model, tokenizer, data.dev, data.options)
     else:
 
         def build(folder: Path, training: bool, reuse: bool) -> Any:
-            examples, more = (data.train, extra) if training else (data.dev, {})
-            return task.training_set(model, tokenizer, examples, data.options, folder, reuse=reuse, **more)
+            if not training:
+                return _dev_set(task, model, tokenizer, data.dev, data.options, folder, reuse=reuse)
+            return task.training_set(model, tokenizer, data.train, data.options, folder, reuse=reuse, **extra)
 
         train_set, dev_set = corpus.sets(tokenizer, build)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
-    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set)
+    about = describe(task, sections, data, model, tokenizer, inputs.teacher)
+    notes = () if directory.resume_from is None else tuple(check_same(directory.resume_from, about))
+    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set, about, notes)
+
+
+def _dev_set(task: ModuleType, *arguments: Any, **options: Any) -> Any:
+    """The dev set as items; an error says that it is of the dev set."""
+    try:
+        return getattr(task, "dev_set", task.training_set)(*arguments, **options)
+    except DataError as error:
+        raise DataError(f"dev set: {error}") from None
 
 
 def _corpus(task: ModuleType, inputs: Inputs, sections: Sections) -> Corpus | None:
@@ -266,7 +299,9 @@ def learns_from_teachers(task: ModuleType) -> bool:
 def _sections(
     inputs: Inputs, task: ModuleType, preset: str | None, steps: Mapping[str, Any] | None = None
 ) -> Sections:
-    defaults = {**task.DEFAULTS, "warmup_steps": 0, **(steps or {}), "output_dir": inputs.out}
+    # numbers of steps that hold until those of an epoch are known, as patience needs evaluations
+    start = {"warmup_steps": 0, "eval_every": 1, "save_every": 1} if steps is None else steps
+    defaults = {**task.DEFAULTS, **start, "output_dir": inputs.out}
     overrides = [*inputs.overrides, f"--train.output_dir={inputs.out}"]
     if inputs.resume is not None:
         overrides.append(f"--train.resume={inputs.resume}")
@@ -309,19 +344,6 @@ def _check_class(model: str, task: ModuleType) -> None:
     if not issubclass(cls, able):
         need = "a decoder" if GPT in task.MODELS else "an encoder"
         raise ConfigError(f"--model: {model} holds a {cls.__name__}, {task.NAME} needs {need}")
-
-
-def _attach(model: nn.Module, task: ModuleType, sections: Sections) -> None:
-    """Attach adapters and freeze everything else, except new parts of the head and the task's own parts."""
-    lora = sections.lora
-    assert lora.r is not None
-    targets: Any = lora.targets[0] if len(lora.targets) == 1 else lora.targets
-    attach(model, lora.r, lora.alpha, targets, lora.dropout, rslora=lora.rslora)
-    report = getattr(model, "load_report", None)
-    new = set(report.new) if report is not None else set()
-    for name, parameter in model.named_parameters():
-        if name in new or any(fnmatchcase(name, pattern) for pattern in task.NEW_PARTS):
-            parameter.requires_grad_(True)
 
 
 def _finished(prepared: Prepared, model: Any, out: Path) -> nn.Module:

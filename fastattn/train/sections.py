@@ -226,9 +226,20 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str, *, text: bo
     )
 
 
+def _without_brackets(text: str) -> str:
+    """The text in the one pair of brackets that encloses all of it, or the text itself."""
+    closing = {"[": "]", "(": ")"}.get(text[:1])
+    depth = 0
+    for place, character in enumerate(text if closing else ""):
+        depth += (character == text[0]) - (character == closing)
+        if depth == 0:
+            return text[1:-1] if place == len(text) - 1 else text
+    return text
+
+
 def _convert_sequence(value: Any, hint: Any, where: str, *, text: bool) -> Any:
     if text:
-        value = [word.strip() for word in value.strip("[]() ").split(",") if word.strip()]
+        value = [word.strip() for word in _without_brackets(value.strip()).split(",") if word.strip()]
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{where}: got {value!r}, needs a list")
     arguments = get_args(hint)

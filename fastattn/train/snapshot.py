@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fastattn.train.optim import Stepper
 from fastattn.train.resume import (
     AVERAGE,
     GENERATORS,
+    INPUTS,
     OPTIMIZER,
     SHARDS,
     STATE,
@@ -48,6 +50,7 @@ class Snapshot:
     sampler: IndexSampler
     distributed: Distributed
     device: torch.device
+    inputs: Mapping[str, Any] | None = None  # what the run was made from, in JSON's types
 
     def generators(self) -> list[dict[str, Any]]:
         """The states of all processes' random generators, on the first."""
@@ -82,6 +85,7 @@ class Snapshot:
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.config),
             "world_size": self.distributed.world_size,
+            INPUTS: self.inputs,
             SUMS: sums_of(folder, sorted(names)),
         }
         (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

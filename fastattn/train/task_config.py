@@ -142,17 +142,10 @@ def read_sections(
     Raises:
         ConfigError: as `load_config`, and for an option out of range.
     """
-    kinds: dict[str, type] = {
-        "train": TrainConfig,
-        "task": task.Options,
-        "data": DataConfig,
-        "clean": CleaningConfig,
-        "lora": LoraConfig,
-    }
+    kinds = kinds_of(task, preset)
     start: dict[str, Mapping[str, Any]] = {}
     if preset is not None:
-        kinds["model"], rows = presets_of(task)
-        start["model"] = rows[preset]
+        start["model"] = presets_of(task)[1][preset]
     try:
         given = given_options(kinds, file=file, overrides=overrides)["train"]
         limited = any(given.get(name) is not None for name in ("max_steps", "max_seconds"))
@@ -163,6 +156,18 @@ def read_sections(
             raise
         raise ConfigError(str(error)) from None
     return Sections(**found)
+
+
+def kinds_of(task: ModuleType, preset: str | None) -> dict[str, type]:
+    """The dataclass of each section; only a preset has a section "model"."""
+    kinds: dict[str, type] = {
+        "train": TrainConfig,
+        "task": task.Options,
+        "data": DataConfig,
+        "clean": CleaningConfig,
+        "lora": LoraConfig,
+    }
+    return kinds if preset is None else {**kinds, "model": presets_of(task)[0]}
 
 
 def presets_of(task: ModuleType) -> tuple[type, Mapping[str, Mapping[str, Any]]]:

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from fastattn.data.packing import IndexSampler
 from fastattn.data.tokenization import Tokenizer
 from fastattn.models.checkpoint.swap import delete
-from fastattn.train.arguments import check_arguments, check_evaluation
+from fastattn.train.arguments import check_arguments, check_evaluation, check_inputs
 from fastattn.train.batches import Batch, Batches, Examples
 from fastattn.train.checkpoint import LOG, RESOLVED_CONFIG, RunDirectory
 from fastattn.train.config import TrainConfig, step_limit
@@ -73,10 +73,12 @@ class Trainer:
         display: shows the progress; by default a bar in a terminal and lines elsewhere.
         on_record: called with each record of the log.
         evaluate_with: returns metrics of the model at each evaluation, as {"accuracy": 0.9}, in addition to its loss on
-            dev_data. It gets the model in eval mode, on the first process only.
+            dev_data, under names other than event, step, loss, perplexity and seconds. It gets the model in eval mode,
+            on the first process only.
         best: the metric that selects the best model and that patience counts, and whether higher is better:
             ("loss", False), or the name of one that evaluate_with returns.
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
+        inputs: what the run is made from, in JSON's types: saved with each checkpoint, for a check when a run resumes.
 
     Raises:
         ConfigError: the output directory, the disk, the device or the precision cannot be used, a tracker is not
@@ -100,8 +102,10 @@ class Trainer:
         evaluate_with: Callable[[nn.Module], Mapping[str, float]] | None = None,
         best: tuple[str, bool] = (LOSS, False),
         show_with: Callable[[nn.Module], str] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_inputs(inputs)
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
             if data is not None and len(data) == 0:
@@ -170,6 +174,7 @@ class Trainer:
             self.sampler,
             self.distributed,
             self.device,
+            inputs,
         )
         self._peak_flops = (
             peak_flops(self.device, self.dtype) if config.peak_tflops is None else config.peak_tflops * 1e12
@@ -330,6 +335,10 @@ class Trainer:
             )
         if source is not None:
             self.display.note(f"resumed at step {self.state.step} from {source}")
+            if self.dev_data is not None and not self.directory.resumes_here:
+                # the best model so far is not here, and that of the other folder may be of a later step
+                self.state.best = None
+                self._evaluate_and_keep()
         elif self.dev_data is not None:
             self._evaluate_and_keep()
             self.state.first = self.state.last

@@ -83,6 +83,7 @@ class Updates:
             norm = self._in_backward.norm()
             taken = math.isfinite(loss) and math.isfinite(norm)
             if taken:
+                self._average(step)
                 self.discard()
             return Update(loss, norm, rate, tokens, taken)
         loss, tokens = self.objective.accumulate(batches)
@@ -93,14 +94,19 @@ class Updates:
         taken = finite or overflow  # the scaler skips a step that overflowed, and lowers its scale
         if taken:
             scaler.step(self.optimizer)  # type: ignore[arg-type]
+            if finite:
+                self._average(step)
             self.discard()
         return Update(loss, norm, rate, tokens, taken)
+
+    def _average(self, step: float) -> None:
+        """Update the averaged weights, which a step that left the weights as they were does not change."""
+        if self.averaged is not None:
+            self.averaged.update(step)
 
     def discard(self) -> None:
         """Drop the gradients, after a step or instead of one."""
         self.objective.scaler.update()
-        if self.averaged is not None:
-            self.averaged.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def first_gradient_not_finite(self) -> str | None:

@@ -64,6 +64,12 @@ def test_log_loss_and_ties() -> None:
 
 def test_a_correlation_with_a_constant_is_nan_and_ranks_are_shared() -> None:
     assert math.isnan(regression.regression([1, 1, 1], [1, 2, 3]).metrics["spearman"])
+    rng = np.random.default_rng(0)
+    columns = rng.normal([0.0, 100.0], size=(2, 50, 2))  # of means that alone would correlate
+    found = regression.regression(*columns).metrics
+    each = [regression.regression(*columns[:, :, i]).metrics for i in range(2)]
+    assert all(found[name] == pytest.approx((each[0][name] + each[1][name]) / 2) for name in found)
+    assert abs(found["pearson"]) < 0.5 < regression.regression(*columns.reshape(2, -1)).metrics["pearson"]
     assert regression.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
     assert regression.similarities([[1, 0], [0, 0]], [[2, 0], [1, 1]]).tolist() == [1.0, 0.0]
 
@@ -173,6 +179,7 @@ BAD = {
     "other labels": (lambda: classification.single_label([0], [[1.0]], ["a", "b"]), "probabilities"),
     "no decision": (lambda: classification.multi_label([[2, 0]], [[0.1, 0.2]], ["a", "b"]), "references"),
     "not finite": (lambda: regression.regression([1.0], [math.inf]), "predictions"),
+    "other shape": (lambda: regression.regression([[1.0]], [[1.0, 2.0]]), "predictions"),
     "no token": (lambda: language.language(0.0, 0, 0), "tokens"),
 }
 

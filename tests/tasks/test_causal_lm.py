@@ -179,6 +179,14 @@ def test_what_does_not_fit_is_named(tokenizer: Tokenizer) -> None:
         causal_lm.training_set(model, tokenizer, [], causal_lm.Options(max_length=65))
     with pytest.raises(DataError, match=r"^task.stride: got 64"):
         causal_lm.evaluate(model, tokenizer, [], options=causal_lm.Options(stride=64))
+    with pytest.raises(
+        DataError, match=r"^task.stride: got 64"
+    ):  # before the training whose evaluation needs it
+        causal_lm.training_set(model, tokenizer, [], causal_lm.Options(stride=64))
+    student, short = model_of(tokenizer, Student), model_of(tokenizer, n_positions=16)
+    with pytest.raises(DataError, match=r"^--teacher: has 16 positions, rows of this run have 64 tokens"):
+        causal_lm.attach_teacher(student, tokenizer, (short, tokenizer), causal_lm.Options())
+    causal_lm.attach_teacher(student, tokenizer, (short, tokenizer), causal_lm.Options(max_length=16))
     with pytest.raises(DataError, match=r"^--teacher: its tokenizer has other tokens"):
         causal_lm.attach_teacher(
             model_of(tokenizer, Student), tokenizer, (model, train_characters(["ab"])), causal_lm.Options()

@@ -126,6 +126,13 @@ def test_an_end_of_turn_that_would_never_be_learnt_is_refused(tokenizer: Tokeniz
         )  # which ends turns with another token than generation does
     with pytest.raises(DataError, match=r"within its first 8 tokens|is truncated before it"):
         chat_data(tokenizer, model, DEFAULT_TEMPLATE, chat.Options(max_length=8))
+    (truncated,) = chat.examples_of(records({"prompt": "say", "completion": "hello " * 40}), options)
+    short = chat.Options(max_length=32)
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+    with pytest.raises(DataError, match="is truncated before it"):
+        chat.training_set(model, tokenizer, [truncated], short)
+    assert chat.dev_set(model, tokenizer, [truncated], short).num_targets()  # nothing is learnt from it
+    tokenizer.chat_template = None
     model.config.eos_token_id = tokenizer.core.token_to_id("<|im_end|>")
     assert chat_data(tokenizer, model, CHATML, options).num_targets()
 

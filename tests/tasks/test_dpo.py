@@ -107,6 +107,10 @@ def test_bad_preferences_are_named(tokenizer: Tokenizer) -> None:
     ):
         with pytest.raises(DataError, match=message):
             dpo.examples_of(records(fields), dpo.Options())
+    shared = {"prompt": "say", "chosen": "hello " * 20 + "yes", "rejected": "hello " * 20 + "no"}
+    model, options = model_of(tokenizer), dpo.Options(max_length=16)
+    with pytest.raises(DataError, match=r"^data: within 16 tokens no pair has two different answers"):
+        dpo.training_set(model, tokenizer, dpo.examples_of(records(shared), options), options)
     with pytest.raises(DataError, match=r"^--model: got a preset's name"):
         dpo.new_model(GPTConfig(), [], dpo.Options(), tokenizer)
 

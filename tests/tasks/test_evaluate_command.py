@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from itertools import pairwise
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from fastattn import cli, models
 from fastattn.data.tokenization import train_bpe
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
+from fastattn.tasks import classify, qa
+from fastattn.tasks import evaluate as evaluation
 
 SIZES: dict[str, Any] = {
     "vocab_size": 35, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -181,6 +184,13 @@ def test_simple_methods_by_hand(folders: dict[str, Path], data: dict[str, Path],
         "--json",
     ]
     assert json.loads(invoke(*words)[1])["baselines"]["majority"]["f1"] == 1.0  # no word has two tags here
+    model = encoder(models.BertForTokenClassification, id2label={0: "NOUN", 1: "VERB"})
+    sentences = tmp_path / "classes.jsonl"
+    lines = [{"tokens": ["anna", "lives"], "tags": ["NOUN", "VERB"]}, {"tokens": ["lives"], "tags": ["NOUN"]}]
+    sentences.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    words = [save_encoder(tmp_path / "classes", model), *words[1:]]
+    words[2] = words[4] = sentences
+    assert json.loads(invoke(*words)[1])["baselines"]["majority"] == {"accuracy": pytest.approx(2 / 3)}
     pytest.importorskip("sacrebleu")
     same = tmp_path / "same.jsonl"
     same.write_text(json.dumps({"source": "One. Two.", "target": "One."}) + "\n", encoding="utf-8")
@@ -259,6 +269,22 @@ def test_columns_and_options_are_taken(folders: dict[str, Path], tmp_path: Path)
     assert lengths[0]["count"] == lengths[1]["count"]
     assert lengths[0]["tables"]["documents"] == 2
     assert lengths[0]["metrics"]["loss"] != lengths[1]["metrics"]["loss"]
+
+
+def test_every_option_takes_its_values_as_words() -> None:
+    """Words that YAML reads as something else, too."""
+    for task in evaluation.TASKS:
+        for field in dataclasses.fields(task.Options):
+            value = field.default
+            assert evaluation.options_of(task, [f"{field.name}={value}"]) == task.Options(), (
+                task,
+                field.name,
+            )
+    for word in ("yes", "no"):
+        assert evaluation.options_of(qa, [f"no_answer={word}"]).no_answer == word
+    for word in ("|", "#", "1", "; ", "true", "[]", "="):
+        assert evaluation.options_of(classify, [f"separator={word}"]).separator == word
+    assert evaluation.options_of(classify, ["temperature=1e1"]).temperature == 10.0
 
 
 def bad_words(

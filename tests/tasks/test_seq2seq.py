@@ -15,7 +15,16 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
-from fastattn.models import Bert, BertConfig, EncoderDecoder
+from fastattn.models import (
+    Bert,
+    BertConfig,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    EncoderDecoder,
+)
+from fastattn.models.presets import FAMILY_FIELDS
 from fastattn.tasks import masked_lm, seq2seq
 from fastattn.train.task_config import DataConfig
 from fastattn.train.tokenizing import Texts, learnt_tokenizer
@@ -102,6 +111,23 @@ def test_an_encoders_folder_is_both_parts_start(tokenizer: InputTokenizer, tmp_p
     assert model.decoder.lm_head.bias is not None
     assert not model.decoder.lm_head.bias.any()
     assert {"decoder.lm_head.bias", "decoder.lm_transform.dense.weight"} <= set(model.load_report.new)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering, BertForPreTraining],
+)
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_head_of_an_encoders_folder_is_dropped(
+    kind: str, head: Any, tokenizer: InputTokenizer, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {} if kind == "bert" else {"model_type": kind, **FAMILY_FIELDS[kind]}
+    if kind == "roberta" and head is BertForPreTraining:
+        return  # RoBERTa has no such head
+    head(BertConfig(**{**more, **SIZES, "type_vocab_size": 1 if more else 2})).save_pretrained(tmp_path)
+    options = seq2seq.Options()
+    model = seq2seq.new_model(tmp_path, examples(options), options, tokenizer)
+    assert torch.equal(model.encoder.embeddings.word_embeddings.weight, model.decoder.wte.weight)
 
 
 def test_adapters_alone_are_trained(tokenizer: InputTokenizer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import task_cases
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from training_cases import rows
 
@@ -17,7 +18,7 @@ from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
 from fastattn.models import BertConfig
-from fastattn.tasks import masked_lm, qa, seq2seq, tag
+from fastattn.tasks import classify, masked_lm, qa, seq2seq, tag
 
 SIZES: dict[str, Any] = {
     "vocab_size": 35, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
@@ -127,6 +128,88 @@ def test_a_teacher_of_other_tokens_is_refused(
     core.add_tokens(["another"])
     with pytest.raises(DataError, match=r"^--teacher: its tokenizer has other tokens"):
         task.training_set(student, tokenizer, examples, options, teacher=(teacher, InputTokenizer(core)))
+
+
+@pytest.mark.parametrize(("task", "changes"), TASKS, ids=IDS)
+def test_a_teacher_without_positions_or_embeddings_is_refused(
+    task: ModuleType, changes: dict[str, Any], tokenizer: InputTokenizer
+) -> None:
+    """Before any step, in which it would read what it has no position for, or answer over another vocabulary."""
+    options = task.Options(**changes)
+    student, _, examples = _models(task, options, tokenizer)
+    for name, size, complaint in (
+        ("max_position_embeddings", 3, "has 3 positions, rows of this run have up to"),
+        ("vocab_size", 34, "its vocab_size is 34, the model's tokenizer has ids up to 34"),
+        ("vocab_size", 40, "its vocab_size is 40, the model's is 35; soft labels"),
+    ):
+        teacher = task.new_model(BertConfig(**SIZES), examples, options, tokenizer)
+        config = replace(getattr(teacher.config, "encoder", teacher.config), **{name: size})
+        if task is seq2seq:
+            decoder = replace(
+                teacher.config.decoder, **({"vocab_size": size} if name == "vocab_size" else {})
+            )
+            teacher.config = replace(teacher.config, encoder=config, decoder=decoder)
+        else:
+            teacher.config = config
+        if size == 40 and task in (tag, qa):  # whose logits are of other classes
+            task.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
+            continue
+        with pytest.raises(DataError, match=rf"^--teacher: {complaint}"):
+            task.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
+
+
+LABELS: dict[str, list[Any]] = {  # of a classifier's examples, by its kind of labels
+    "single": ["x", "y", "z"], "several": [["x"], ["y", "z"], []], "regression": [[0.5, 2.0], [1.5, -1.0], [3.0, 0.0]]
+}  # fmt: skip
+
+
+def _classifiers(kind: str, tokenizer: InputTokenizer, options: Any) -> tuple[Any, Any, list[Any]]:
+    records = [
+        Record(f"line {i}", {"text": "good film", "label": each}) for i, each in enumerate(LABELS[kind])
+    ]
+    examples = classify.examples_of(records, options)
+    torch.manual_seed(0)
+    student, teacher = (
+        classify.new_model(BertConfig(**{**SIZES, "hidden_size": width}), examples, options, tokenizer)
+        for width in (16, 32)
+    )
+    return student, teacher, examples
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_classifiers_teacher_is_learnt_by_the_kind_of_labels(kind: str, tokenizer: InputTokenizer) -> None:
+    """Several labels and numbers are no distribution over the labels: their teacher has a loss for each."""
+    options = classify.Options(distill_weight=SHARE, temperature=TEMPERATURE)
+    student, teacher, examples = _classifiers(kind, tokenizer, options)
+    data = classify.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
+    batch = data.collate([data[i] for i in range(len(data))])
+    # far from the student, and by the same number for each label, which a softmax does not see
+    batch["teacher_logits"] = batch["teacher_logits"] + 5.0
+    theirs = batch["teacher_logits"] / TEMPERATURE
+    output = student.eval()(**batch)
+    ours = output.logits / TEMPERATURE
+    if kind == "single":
+        soft = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+    elif kind == "several":
+        targets = theirs.sigmoid()
+        least = F.binary_cross_entropy(targets, targets)
+        soft = F.binary_cross_entropy_with_logits(ours, targets) - least
+    else:
+        soft = F.mse_loss(ours, theirs)
+    of_a_distribution = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+    assert kind == "single" or soft > 2 * of_a_distribution
+    labels = student(**{name: value for name, value in batch.items() if name != "teacher_logits"}).loss
+    torch.testing.assert_close(output.loss, (1 - SHARE) * labels + SHARE * TEMPERATURE**2 * soft)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_classifiers_teacher_of_another_kind_is_refused(kind: str, tokenizer: InputTokenizer) -> None:
+    options = classify.Options()
+    student, teacher, examples = _classifiers(kind, tokenizer, options)
+    for other in {classify.SINGLE, classify.SEVERAL, classify.REGRESSION} - {student.config.problem_type}:
+        teacher.config = replace(teacher.config, problem_type=other)
+        with pytest.raises(DataError, match=rf"^--teacher: its problem_type is {other}, the labels"):
+            classify.training_set(student, tokenizer, examples, options, teacher=(teacher, tokenizer))
 
 
 def test_a_tagger_with_other_labels_is_refused(tokenizer: InputTokenizer) -> None:

@@ -162,6 +162,21 @@ def test_checkpoints_can_be_resumed_by_path_into_another_directory(make_trainer)
     assert result.checkpoint.parent.name == "other"
 
 
+def test_a_run_that_goes_on_in_another_directory_has_a_best_model_there(make_trainer):
+    """Also where no later evaluation is a gain: the model of the checkpoint is the first candidate."""
+    dev = make_data(seed=1)
+    earlier = make_trainer(dev=dev, max_steps=4, out="one").fit()
+    other = make_trainer(
+        dev=dev, max_steps=8, lr=50.0, grad_clip=None, resume=str(earlier.checkpoint), out="two"
+    )
+    result = other.fit()
+    assert result.last.loss > earlier.last.loss
+    assert result.best == earlier.last
+    assert (other.directory.path / "model.safetensors").read_bytes() == (
+        earlier.checkpoint / "model.safetensors"
+    ).read_bytes()
+
+
 def test_only_the_newest_checkpoints_are_kept(make_trainer):
     trainer = make_trainer(max_steps=11, save_every=2, keep_checkpoints=3)
     trainer.fit()

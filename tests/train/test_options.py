@@ -16,14 +16,15 @@ from fastattn.train.recompute import recomputing
 
 
 def test_the_average_follows_its_formula_and_is_what_is_evaluated_and_saved(make_trainer):
-    trainer = make_trainer(ema_decay=0.7, max_steps=5, dev=make_data(seed=1))
+    trainer = make_trainer(ema_decay=0.3, max_steps=5, dev=make_data(seed=1))
     expected = [p.detach().clone() for p in trainer.model.parameters()]
     take = trainer.updates.take
 
     def followed(*arguments):
         update = take(*arguments)
+        step = arguments[1]
         for value, parameter in zip(expected, trainer.model.parameters()):
-            value.lerp_(parameter.detach(), 0.3)
+            value.lerp_(parameter.detach(), 1 - min(0.3, (1 + step) / (10 + step)))
         return update
 
     trainer.updates.take = followed
@@ -45,6 +46,13 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_and_saved(make
     assert all(torch.equal(kept[name], value) for name, value in zip(names, trained))
 
 
+def test_a_short_run_with_a_slow_average_saves_what_was_learnt(make_trainer):
+    plain = make_trainer(out="plain", dev=make_data(seed=1), max_steps=40).fit()
+    slow = make_trainer(out="slow", dev=make_data(seed=1), max_steps=40, ema_decay=0.999).fit()
+    gained = plain.first.loss - plain.last.loss
+    assert slow.first.loss - slow.last.loss > 0.5 * gained > 0
+
+
 def test_an_average_of_16_bit_weights_sees_small_steps():
     model = make_model().bfloat16()
     averaged = Averaged(model, 0.999)
@@ -52,7 +60,7 @@ def test_an_average_of_16_bit_weights_sees_small_steps():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.5)
-    averaged.update()
+    averaged.update(10_000)
     expected = before[0].lerp(model.embed.weight.detach().float(), 0.001)
     torch.testing.assert_close(averaged.values[0], expected)
     assert not torch.equal(averaged.values[0], before[0])
@@ -134,6 +142,10 @@ def test_evaluations_that_cannot_be_are_refused(make_trainer, tmp_path, keywords
     [
         ({"f1": 0.5}, "best: got 'accuracy', needs one of loss, f1"),
         ({"accuracy": "high"}, "evaluate_with: its accuracy is 'high', needs a number"),
+        *(
+            ({"accuracy": 0.5, name: 0.5}, f"evaluate_with: got a metric '{name}', which the record")
+            for name in ("event", "step", "loss", "perplexity", "seconds")
+        ),
     ],
 )
 def test_figures_that_are_none_are_named(make_trainer, figures, complaint):

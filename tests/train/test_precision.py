@@ -57,6 +57,22 @@ def test_a_skipped_step_changes_no_weight(make_trainer):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_skipped_step_changes_no_average(make_trainer):
+    trainer = make_trainer(model=Spoiled({4}), on_nonfinite="skip", max_steps=4, ema_decay=0.9)
+    before, discard = [], trainer.updates.discard
+
+    def skipped():
+        discard()
+        before[:] = [value.clone() for value in trainer.averaged.values]
+
+    trainer.updates.discard = skipped
+    for number in range(1, 5):
+        earlier = list(before)
+        trainer._train_step()
+        same = [torch.equal(a, b) for a, b in zip(earlier, trainer.averaged.values)]
+        assert (number == 1) or (all(same) if number == 4 else not any(same))
+
+
 def test_bfloat16_autocast_reaches_the_model(make_trainer):
     seen = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,13 @@ def test_the_options_of_a_run_repeat_it(runs: Any, encoder: Path, tmp_path: Path
     assert all(torch.equal(first[name], second[name]) for name in first)
     sections = load_config({"data": DataConfig, "lora": LoraConfig}, overrides=["--lora.r=4"])
     assert (sections["data"], sections["lora"].r) == (DataConfig(), 4)
+    for word, columns in (
+        ("label=Topic (main)", ("label=Topic (main)",)),
+        ("[label=Topic (main), text=(a) b (c)]", ("label=Topic (main)", "text=(a) b (c)")),
+        ("(label=topic, text=body)", ("label=topic", "text=body")),
+    ):
+        given = load_config({"data": DataConfig}, overrides=[f"--data.columns={word}"])
+        assert given["data"].columns == columns
 
 
 def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None:
@@ -197,6 +206,46 @@ def test_a_stopped_run_goes_on(runs: Any, encoder: Path, tmp_path: Path) -> None
     ends = (tmp_path / name / f"checkpoint-{steps}" for name in ("whole", "out"))
     first, second = (families.load(folder).state_dict() for folder in ends)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_resumes_with_its_labels_tokens_and_examples_alone(encoder: Path, tmp_path: Path) -> None:
+    """Rows of the same number whose labels, texts, tokens or task are others would change what the weights mean."""
+    given = rows("classify")
+    data = write(tmp_path / "data.jsonl", given)
+    words = ("--model", encoder, "--out", tmp_path / "out", "--train.device=cpu")
+    code, _, err = invoke("train", "classify", "--train", data, "--dev", data, *words, "--train.max_steps=2")
+    assert code == 0, err
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    renamed = [{**row, "label": {"good!": "very good", "bad!": "awful"}[row["label"]]} for row in given]
+    swapped = [{**row, "label": {"good!": "bad!", "bad!": "good!"}[row["label"]]} for row in given]
+    texts = [{**given[0], "text": "so so"}, *given[1:]]
+    other = tmp_path / "other"
+    shutil.copytree(encoder, other)
+    vocabulary = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(vocabulary.replace('"river"', '"rivers"'))
+    again = ("--resume=auto", "--train.max_steps=3", "--dev", data)
+    for complaint, task, changed, more in (
+        ("labels: ", "classify", renamed, ()),
+        ("--train: ", "classify", swapped, ()),
+        ("--train: ", "classify", texts, ()),
+        ("tokenizer: ", "classify", given, (f"--data.tokenizer={other}",)),
+        ("TASK: ", "embed", [{"text": row["text"], "positive": row["label"]} for row in given], ()),
+    ):
+        file = write(tmp_path / "changed.jsonl", changed)
+        dev = ("--dev", file) if task == "embed" or complaint == "labels: " else ()
+        code, _, err = invoke(
+            "train", task, "--train", file, *words, *(again[:2] if dev else again), *dev, *more
+        )
+        assert code == 2, (complaint, task)
+        assert err.startswith(f"fastattn: {complaint}{tmp_path / 'out' / 'checkpoint-2'} was trained with"), (
+            err
+        )
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    # the same rows in another file, and an option of the task, which a line names
+    moved = write(tmp_path / "moved.jsonl", given)
+    code, text, err = invoke("train", "classify", "--train", moved, *words, *again, "--task.max_length=16")
+    assert code == 0, err
+    assert f"WARNING: task.max_length: {tmp_path / 'out' / 'checkpoint-2'} was trained with None" in text
 
 
 def test_held_out_examples_are_announced(encoder: Path, tmp_path: Path) -> None:
@@ -336,6 +385,20 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["--data.tokenizer=bpe"], "data.tokenizer: got 'bpe', needs a preset, because a model's folder"),
     ("classify", ["--data.tokenizer=/nowhere"], "data.tokenizer: got '/nowhere', needs a folder"),
     ("classify", ["--lora.r=0"], "lora.r: got 0, needs at least 1"),
+    ("classify", ["--lora.alpha=64"], "lora.alpha: has no effect in this run, needs lora.r"),
+    ("classify", ["--lora.dropout=0.1"], "lora.dropout: has no effect in this run, needs lora.r"),
+    ("tag", ["--lora.targets=query"], "lora.targets: has no effect in this run, needs lora.r"),
+    ("classify", ["--lora.r=2", "--model=minilm-l6"], "lora.r: has no effect in this run, needs the folder of a"),
+    ("classify", ["--data.vocab_size=50"], "data.vocab_size: has no effect in this run, needs a preset whose"),
+    ("classify", ["--data.lowercase=false"], "data.lowercase: has no effect in this run, needs a preset whose"),
+    ("causal-lm", ["--model=nano", "--data.lowercase=true"], "data.lowercase: has no effect in this run"),
+    ("classify", ["--task.distill_weight=0.5"], "task.distill_weight: has no effect in this run, needs --teacher"),
+    ("qa", ["--task.temperature=3"], "task.temperature: has no effect in this run, needs --teacher"),
+    ("classify", ["--train.muon_lr=1"], "train.muon_lr: has no effect in this run, needs train.optimizer=muon"),
+    ("classify", ["--train.decay_ratio=0.3"], "train.decay_ratio: has no effect in this run, needs train.sch"),
+    ("classify", ["--train.max_nonfinite=3"], "train.max_nonfinite: has no effect in this run, needs train.on"),
+    ("classify", ["--dev={one}", "--data.dev_fraction=0.3"], "data.dev_fraction: has no effect in this run"),
+    ("classify", ["--config={idle}"], "lora.alpha: has no effect in this run, needs lora.r"),
     ("classify", ["--lora.r=2", "--lora.targets=nothing"], "targets: 'nothing' names no linear layer"),
     ("classify", ["--clean.near_duplicates=2"], "near_duplicates: got 2"),
     ("classify", ["--clean.min_chars=100000"], "clean: dropped every example"),
@@ -351,6 +414,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["extra"], "'extra': is one word too many"),
     ("embed", ["--train.batch_size=1"], "train.batch_size: got 1, embed needs at least 2 for these examples"),
     ("causal-lm", [], "holds a Bert, causal-lm needs a decoder"),
+    ("seq2seq", ["--task.bleu_tokenizer=zhh"], "bleu_tokenizer: got 'zhh', needs one of "),
     ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "holds 1 document, next_sentence"),
     ("classify", ["--dev={unknown}"], "unknown.jsonl: line 1: label 'other' is in no training example"),
     ("classify", ["--train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
@@ -374,6 +438,8 @@ def places(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths["empty"].write_text("")
     paths["file"].write_text("")
     paths["encoder"] = encoder
+    paths["idle"] = place / "idle.yaml"
+    paths["idle"].write_text("lora: {alpha: 64.0, dropout: 0.0}\ntask: {temperature: 2.0}\n")
     paths["strange"] = save_encoder(place / "strange", "ForSequenceClassification", num_labels=2)
     paths["other"] = save_encoder(place / "other")
     import task_cases
@@ -408,6 +474,27 @@ def test_bad_input_is_named_in_one_line_before_any_work(
     assert complaint in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_patience_counts_the_evaluations_of_epochs(encoder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", rows("classify"))
+    given = work.Inputs("classify", (str(data),), (str(data),), str(encoder), str(tmp_path / "out"))
+    config = work.prepare(dataclasses.replace(given, overrides=("--train.patience=2",))).sections.train
+    assert (config.patience, config.eval_every, config.save_every) == (2, 2, 2)
+    with pytest.raises(work.ConfigError, match=r"^patience: needs eval_every"):
+        work.prepare(dataclasses.replace(given, overrides=("--train.patience=2", "--train.eval_every=none")))
+
+
+def test_what_only_a_step_shows_is_one_line_too(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("input_ids: got 9 tokens,\n  needs 8")
+
+    monkeypatch.setattr(work.Trainer, "fit", refuse)
+    data = write(tmp_path / "train.jsonl", rows("classify"))
+    words = ("train", "classify", "--train", data, "--model", encoder, "--out", tmp_path / "out")
+    assert invoke(*words, "--train.device=cpu")[::2] == (2, "fastattn: input_ids: got 9 tokens, needs 8\n")
 
 
 def test_one_class_is_refused(encoder: Path, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def _write_bert(config: GPTConfig, *, kind: str, tied: bool) -> dict[str, Any]:
     return entries
 
 
+_HEADS = ("pooler.*", "classifier.*", "qa_outputs.*")  # of an encoder's folder, which no decoder has
+
+
 def _bert(kind: str, *, tied: bool) -> Family:
     of_tied = KINDS[kind].heads["BertForMaskedLM"]
     of_untied = {**of_tied, **encoders.own_bias(of_tied)}
@@ -114,7 +117,7 @@ def _bert(kind: str, *, tied: bool) -> Family:
         architectures=_ARCHITECTURES[kind],
         parts=_bert_parts(kind, head),
         prefix=KINDS[kind].prefix,
-        dropped=(other["decoder.bias"], "cls.seq_relationship.*", "pooler.*", "embeddings.position_ids"),
+        dropped=(other["decoder.bias"], "cls.seq_relationship.*", *_HEADS, "embeddings.position_ids"),
         aliases=encoders.OLD_NAMES_OF_NORMS,
         read_config=partial(_read_bert, kind=kind),
         write_config=partial(_write_bert, kind=kind, tied=tied),
