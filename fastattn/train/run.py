@@ -7,36 +7,33 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from fastattn.cache import write_atomically
 from fastattn.data import DataError
 from fastattn.models import GPT, families
 from fastattn.models.checkpoint.hub import resolve_folder
-from fastattn.models.lora import merge
-from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from fastattn.models.peft import ADAPTER_CONFIG
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import learning_rate
 from fastattn.train.adapters import attach_adapters
-from fastattn.train.checkpoint import ADAPTER, OPTIONS, REPORT, RunDirectory, read_model
+from fastattn.train.checkpoint import OPTIONS, REPORT, RunDirectory
 from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
+from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
 from fastattn.train.progress import ProgressDisplay
-from fastattn.train.resume import WEIGHTS
 from fastattn.train.same_run import check_same, describe
 from fastattn.train.sections import ConfigError
-from fastattn.train.state import FitResult
 from fastattn.train.task_config import Sections, kinds_of, presets_of, read_sections
 from fastattn.train.task_data import TaskData, check_columns, read_data
 from fastattn.train.tokenizing import (
@@ -135,7 +132,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     best = task.picked(data.options) if hasattr(task, "picked") else task.best(data.dev)
 
     def figures(model: nn.Module) -> Mapping[str, float]:
-        found: Mapping[str, float] = _evaluated(prepared, model).metrics
+        found: Mapping[str, float] = evaluated(prepared, model).metrics
         return found
 
     options: dict[str, Any] = {}
@@ -172,14 +169,14 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     if hasattr(task, "lost") and (lost := task.lost(prepared.tokenizer, data.train)):
         trainer.display.note(lost)
     result = trainer.fit()
-    report = _report(prepared, result, best)
+    report = report_of(prepared, result, best)
     if result.interrupted:
         return report
     model = trainer.whole_model()
     if not trainer.distributed.is_main:
         return report
-    model = _finished(prepared, model.to(trainer.device), out)
-    found = _evaluated(prepared, model)
+    model = best_model(prepared, model.to(trainer.device), out)
+    found = evaluated(prepared, model)
     report.update(metrics=found.metrics, tables=found.tables, count=found.count)
     report["wall_seconds"] = time.monotonic() - started
     write_atomically(out / OPTIONS, sections.to_yaml())
@@ -344,67 +341,3 @@ def _check_class(model: str, task: ModuleType) -> None:
     if not issubclass(cls, able):
         need = "a decoder" if GPT in task.MODELS else "an encoder"
         raise ConfigError(f"--model: {model} holds a {cls.__name__}, {task.NAME} needs {need}")
-
-
-def _finished(prepared: Prepared, model: Any, out: Path) -> nn.Module:
-    """The best model of the run, from OUT; adapters are merged into it, and kept in OUT/adapter."""
-    if prepared.sections.lora.r is None:
-        read_model(model, out)
-    else:
-        with safe_open(out / WEIGHTS, "pt") as weights:
-            merged = not any(".lora." in name for name in weights.keys())  # noqa: SIM118 - no dict
-        if merged:  # by this run before it was killed, or by a finished run
-            model = type(model).from_pretrained(out, dtype=torch.float32)
-        else:
-            read_model(model, out)
-            save_adapter(model, out / ADAPTER)
-            merge(model).save_pretrained(out, tokenizer=prepared.saved_tokenizer)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            (out / name).unlink(missing_ok=True)
-    return model
-
-
-def _evaluated(prepared: Prepared, model: nn.Module) -> Any:
-    """The task's `Report` of the dev set."""
-    size = prepared.sections.train.batch_size
-    if hasattr(prepared.task, "evaluate_set"):
-        return prepared.task.evaluate_set(model, prepared.dev_set, batch_size=size)
-    return prepared.task.evaluate(
-        model, prepared.tokenizer, prepared.data.dev, batch_size=size, options=prepared.data.options
-    )
-
-
-def _report(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> dict[str, Any]:
-    inputs, data = prepared.inputs, prepared.data
-    labels = prepared.task.labels_in(data.train)
-    return {
-        "task": inputs.task,
-        "model": inputs.model,
-        "out": inputs.out,
-        "train": {"files": list(inputs.train), "examples": len(data.train), "items": len(prepared.train_set)},
-        "dev": {
-            "files": list(inputs.dev),
-            "examples": len(data.dev),
-            "held_out_of_train": data.held_out is not None,
-        },
-        "labels": None if labels is None else list(labels),
-        "cleaning": data.cleaning,
-        "cut_tokens": getattr(prepared.train_set, "cut", 0),
-        "cut_texts": getattr(prepared.train_set, "cut_rows", 0),
-        "best": {"figure": best[0], **(asdict(result.best) if result.best else {})},
-        "first": asdict(result.first) if result.first else None,
-        "last": asdict(result.last) if result.last else None,
-        "stopped": result.stopped,
-        "interrupted": result.interrupted,
-        "steps": result.steps,
-        "epochs": result.epochs,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "flops": result.flops,
-        "peak_memory": result.peak_memory,
-        "trained_parameters": sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in prepared.model.parameters()),
-        "seed": prepared.sections.train.seed,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-    }
