@@ -193,9 +193,7 @@ class GPT(Pretrained, nn.Module):
         cap = config.final_logit_softcapping
         if targets is not None and head is not None and not return_logits:
             h = x if self.lm_transform is None else self.lm_transform(x)
-            return CausalLMOutput(
-                mean_loss(h, head, targets, self.lm_head.bias, cap).float(), None, x, *inside
-            )
+            return CausalLMOutput(mean_loss(h, head, targets, self.lm_head.bias, cap), None, x, *inside)
         if targets is None and not return_logits:
             return CausalLMOutput(None, None, x, *inside)
         kept = x[:, -logits_to_keep:]
@@ -205,7 +203,7 @@ class GPT(Pretrained, nn.Module):
         # (B, S or logits_to_keep, V)
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        loss = None if targets is None else mean_loss_of(logits, targets).float()
+        loss = None if targets is None else mean_loss_of(logits, targets)
         return CausalLMOutput(loss, logits if return_logits else None, x, *inside)
 
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:

@@ -19,6 +19,7 @@ from fastattn.models import (
     EncoderDecoder,
 )
 from fastattn.models.heads import QuestionAnsweringOutput
+from fastattn.models.losses import widened
 from fastattn.tasks.training import soft_cross_entropy
 
 FAR = -1e9  # a logit of what takes no part in a softmax, finite at every temperature
@@ -183,7 +184,7 @@ class _TaughtWords(Taught):
         with torch.no_grad():
             seen = teacher.bert.encode_tokens(**inputs_for(teacher, given))
             theirs = teacher.decoder(teacher.head(seen.x[chosen]))
-        hard = cross_entropy(ours.float(), targets[chosen])
+        hard = cross_entropy(widened(ours), targets[chosen])
         return self.mixed(hard, ours, theirs), encoded
 
 
@@ -213,7 +214,7 @@ class TaughtPreTraining(_TaughtWords, BertForPreTraining):
         loss, encoded = self.taught_words(given)
         follows = self.seq_relationship(torch.tanh(self.pooler(encoded.tokens.first(encoded.x))))
         if given.get("next_sentence_label") is not None:
-            loss = loss + cross_entropy(follows.float(), given["next_sentence_label"])
+            loss = loss + cross_entropy(widened(follows), given["next_sentence_label"])
         return PreTrainingOutput(loss, None, follows)
 
 

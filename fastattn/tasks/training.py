@@ -21,6 +21,7 @@ from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.load import family_of, naming_file
 from fastattn.models.embedding import encoder_folder
 from fastattn.models.families import class_for
+from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks.batches import max_tokens
 
@@ -238,10 +239,10 @@ def soft_loss(logits: Tensor, teacher: Tensor, temperature: float, problem_type:
     which T does not change.
     """
     if problem_type == REGRESSION:
-        return mse_loss(logits.float(), teacher.float())
+        return mse_loss(widened(logits), widened(teacher))
     if problem_type != SEVERAL:
         return soft_cross_entropy(logits, teacher, temperature)
-    given, target = logits.float() / temperature, teacher.float() / temperature
+    given, target = widened(logits) / temperature, widened(teacher) / temperature
     wanted = target.sigmoid()
     yes = wanted * (logsigmoid(target) - logsigmoid(given))
     no = (1 - wanted) * (logsigmoid(-target) - logsigmoid(-given))
@@ -250,7 +251,7 @@ def soft_loss(logits: Tensor, teacher: Tensor, temperature: float, problem_type:
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean over examples of T^2 KL(softmax(teacher / T) || softmax(logits / T)), both (B, L). Hinton et al. 2015."""
-    target = (teacher.float() / temperature).log_softmax(-1)
-    given = (logits.float() / temperature).log_softmax(-1)
+    target = (widened(teacher) / temperature).log_softmax(-1)
+    given = (widened(logits) / temperature).log_softmax(-1)
     divergence = (target.exp() * (target - given)).sum(-1).mean()
     return divergence * temperature**2

@@ -100,7 +100,7 @@ def test_the_loss_is_the_labels_and_the_teachers(
             words = {name: value for name, value in batch.items() if name != "next_sentence_label"}
             of_next = float(plain - student(**words).loss)
     expected = (1 - SHARE) * (float(plain) - of_next) + SHARE * float(soft) + of_next
-    assert float(mixed) == pytest.approx(expected, rel=1e-5)
+    assert float(mixed.detach()) == pytest.approx(expected, rel=1e-5)
     assert float(soft) > 0
 
 
