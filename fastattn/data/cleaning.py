@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastattn.data.checks import check_flag, check_integer
 from fastattn.data.corpora import DataError
-from fastattn.data.records import Record
+from fastattn.data.records import Record, contents
 
 EMAIL_MASK, PHONE_MASK = "[EMAIL]", "[PHONE]"
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
@@ -35,7 +34,7 @@ class CleaningConfig:
     Args:
         encoding: repair text that was UTF-8 read as Windows-1252 or Latin-1, and normalise to NFC.
         control: remove control, formatting-only and unassigned characters, except tabs and line ends.
-        exact_duplicates: drop an example whose fields all equal those of an earlier one.
+        exact_duplicates: drop an example that equals an earlier one in every field that the task reads.
         near_duplicates: drop an example whose text has at least this Jaccard similarity to an earlier one (of runs of
             five words, by MinHash); needs the package datasketch.
         min_chars, max_chars: drop an example whose text is shorter or longer.
@@ -68,14 +67,14 @@ class CleaningConfig:
         if None not in (self.min_chars, self.max_chars) and self.min_chars > self.max_chars:  # type: ignore[operator]
             raise ValueError(f"max_chars: got {self.max_chars}, needs at least min_chars={self.min_chars}")
 
-    @property
-    def on(self) -> bool:
-        """Whether any step is."""
-        return any(getattr(self, field.name) not in (False, None) for field in fields(self))
-
 
 def clean(
-    records: Sequence[Record], config: CleaningConfig, names: Sequence[str], *, editable: bool = True
+    records: Sequence[Record],
+    config: CleaningConfig,
+    names: Sequence[str],
+    *,
+    compared: Sequence[str] | None = None,
+    editable: bool = True,
 ) -> tuple[list[Record], dict[str, int]]:
     """The remaining records, and for each step that is on the number of examples that it changed or dropped.
 
@@ -83,13 +82,14 @@ def clean(
         records: of one task.
         config: the steps, in the order of its fields, except that duplicates are dropped last, exact ones first.
         names: the fields that hold text; other values are not changed.
+        compared: the fields in which exact duplicates are equal; None for all that a record has.
         editable: whether steps may change text; False where labels are positions in the text, as for answers.
 
     Raises:
         DataError: near_duplicates without the package datasketch; a step changes text that is not editable; or
             nothing is left.
     """
-    cleaner = Cleaner(config, names, editable=editable)
+    cleaner = Cleaner(config, names, compared=compared, editable=editable)
     kept = list(cleaner.kept(records))
     cleaner.check_some_left(len(kept))
     return kept, cleaner.counts
@@ -102,8 +102,16 @@ class Cleaner:
     counts: for each step that is on, the number of records that it has changed or dropped so far.
     """
 
-    def __init__(self, config: CleaningConfig, names: Sequence[str], *, editable: bool = True) -> None:
+    def __init__(
+        self,
+        config: CleaningConfig,
+        names: Sequence[str],
+        *,
+        compared: Sequence[str] | None = None,
+        editable: bool = True,
+    ) -> None:
         self.config, self.names = config, tuple(names)
+        self._compared = None if compared is None else tuple(compared)
         edits = {
             "encoding": repaired,
             "control": without_control,
@@ -153,7 +161,7 @@ class Cleaner:
             if config.max_chars is not None and size > config.max_chars:
                 return "max_chars"
         if config.exact_duplicates:
-            digest = _digest(record)
+            digest = hashlib.sha256(contents(record, self._compared).encode()).digest()
             if digest in self._seen:
                 return "exact_duplicates"
             self._seen.add(digest)
@@ -226,11 +234,6 @@ def _texts(record: Record, names: Sequence[str]) -> list[str]:
     for name in names:
         gather(record.fields.get(name))
     return found
-
-
-def _digest(record: Record) -> bytes:
-    text = json.dumps(record.fields, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).digest()
 
 
 class _NearDuplicates:

@@ -56,8 +56,8 @@ class Options(CheckedOptions):
     Args:
         max_length: most tokens of a text, which is truncated there; None for the model's limit.
         kind: "single", one label; "several" labels at once (a list in each example); "regression", a number or a list
-            of numbers; "auto" decides by the values: lists of names are several, numbers with a fraction and lists of
-            numbers a regression, everything else single.
+            of numbers; "auto" decides by the values: where one has a fraction, all are a regression, else lists are
+            several and everything else is single.
         separator: separates labels in a text, because CSV has no lists.
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
         distill_weight: share of the teacher's loss in the total loss.
@@ -98,11 +98,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
         DataError: a record lacks a column, or its label is of another kind than the others; with file and line.
     """
     values = [_label_value(record, options) for record in records]
-    kind = options.kind
-    if kind == "auto":
-        lists = any(isinstance(value, list) for value in values)
-        fractions = any(isinstance(value, float) for value in values)
-        kind = "several" if lists else "regression" if fractions else "single"
+    kind = settled(options, records).kind
     made = []
     for record, value in zip(records, values):
         pair = text_of(record, "text_pair") if record.fields.get("text_pair") is not None else None
@@ -143,10 +139,19 @@ def check_examples(examples: Sequence[Example]) -> None:
         raise DataError(f"data: all {len(examples)} examples have the same number, needs two")
 
 
-def settled(options: Options, examples: Sequence[Example]) -> Options:
-    """The options with the kind of labels that training examples have, for the examples that are held out."""
-    kinds = {SINGLE: "single", SEVERAL: "several", REGRESSION: "regression"}
-    return replace(options, kind=kinds[kind_of(examples)])
+def settled(options: Options, records: Sequence[Record]) -> Options:
+    """The options with the kind of labels that all of these records have, for any part of them.
+
+    Raises:
+        DataError: a record has no label; with file and line.
+    """
+    if options.kind != "auto":
+        return options
+    values = [_label_value(record, options) for record in records]
+    lists = any(isinstance(value, list) for value in values)
+    numbers = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    fractions = any(isinstance(each, float) for each in numbers)
+    return replace(options, kind="regression" if fractions else "several" if lists else "single")
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from fastattn.data.best_fit import best_fit
 from fastattn.data.chat import ASSISTANT, DEFAULT_TEMPLATE, ChatTemplate
 from fastattn.data.corpora import DataError
 from fastattn.data.packing import PADDING_SEGMENT
-from fastattn.data.records import Record, required, text_of
+from fastattn.data.records import Record, contents, required, text_of
 from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
@@ -37,7 +37,6 @@ OPTIONAL: tuple[str, ...] = ()
 LABELS = ("chosen", "rejected")
 TEXTS = ("prompt", "chosen", "rejected")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
-EDITABLE = False
 DEFAULTS = {"max_epochs": 1.0, "batch_size": 8, "lr": 1e-5, "min_lr_ratio": 0.0, "weight_decay": 0.0}
 BATCH_SIZE = 8
 
@@ -109,6 +108,11 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
             raise DataError(f"{record.where}: chosen and rejected are the same, needs two different answers")
         made.append(Example(record.where, prompt, chosen, rejected))
     return made
+
+
+def group_of(record: Record) -> str:
+    """The key of a pair's prompt: pairs with the same prompt stay together where data is split."""
+    return contents(record, FIELDS if record.fields.get("prompt") is not None else LABELS)
 
 
 def labels_in(examples: Sequence[Example]) -> None:

@@ -36,6 +36,7 @@ FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("answers",)
 EXTRA = ("title", "id", "is_impossible")
+NAMES = ("title", "id")  # which examples do not consist of
 EDITABLE = False  # labels are positions in the text
 NEW_PARTS = ("head.*", "qa_outputs.*")
 DEFAULTS = FINE_TUNING
@@ -115,8 +116,8 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 def group_of(record: Record) -> str:
     """The key of a question's article or context: questions with the same key stay together where data is split."""
-    fields = record.fields
-    return str(fields["title"] if isinstance(fields.get("title"), str) else fields.get("context"))
+    title = record.fields.get("title")
+    return title if isinstance(title, str) and title.strip() else str(record.fields.get("context"))
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:

@@ -38,7 +38,7 @@ MODELS = (BertForTokenClassification,)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("tokens", "tags")
-TEXTS = ("tokens",)  # what cleaning reads
+TEXTS = INPUTS = ("tokens",)  # what cleaning and the model read
 EDITABLE = False  # labels belong to positions in the text
 NEW_PARTS = ("head.*", "classifier.*")
 DEFAULTS = {**FINE_TUNING, "max_epochs": 5.0}

@@ -20,16 +20,15 @@ from typing import Any, TypeVar
 from fastattn.cache import cache_dir, locked, write_atomically
 from fastattn.data import DataError
 from fastattn.data.array_files import StoredTexts
-from fastattn.data.cleaning import Cleaner
 from fastattn.data.records import Record, iterate_records, rank_of, source_files
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming
 from fastattn.tasks.documents import StoredExamples
 from fastattn.train.checkpoint import publish
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections
-from fastattn.train.task_data import TaskData, split_texts
+from fastattn.train.task_data import TaskData, cleaner_of, key_of, split_texts
 
-FORMAT = 2  # of the files; another number makes them anew
+FORMAT = 3  # of the files; another number makes them anew
 LARGE = 64 << 20  # bytes of data from which on it goes into files by default
 COUNTS = "counts.json"
 Made = TypeVar("Made")
@@ -121,7 +120,7 @@ class Corpus:
 
     def _write(self, folder: Path) -> None:
         """train/ and dev/ with the documents, and what cleaning did."""
-        clean = Cleaner(self.sections.clean, self.task.FIELDS)
+        clean = cleaner_of(self.task, self.sections)
         train: Iterator[Record]
         if self.dev:
             train, dev = self._records(self.train), self._records(self.dev)
@@ -139,7 +138,7 @@ class Corpus:
         for record in self._records(self.train):
             # an error in a line comes before one of the split
             (example,) = self.task.examples_of([record], self.sections.task)
-            ranks.append(rank_of(record, seed=self.sections.train.seed))
+            ranks.append(rank_of(record, seed=self.sections.train.seed, key=key_of(self.task)))
             lengths.append(len(example.text))
         return split_texts(lambda: self._records(self.train), ranks, lengths, self.sections.data.dev_fraction)
 

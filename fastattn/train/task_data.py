@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastattn.data import DataError
-from fastattn.data.cleaning import clean
-from fastattn.data.records import Record, groups_of, held_out, rank_of, read_records, split_records
+from fastattn.data.cleaning import Cleaner
+from fastattn.data.records import (
+    Record,
+    contents,
+    groups_of,
+    held_out,
+    rank_of,
+    read_records,
+    split_records,
+)
 from fastattn.train.task_config import Sections
 
 
@@ -29,7 +37,7 @@ class TaskData:
 
     train: Sequence[Any]
     dev: Sequence[Any]
-    options: Any  # of the task, settled by the training examples
+    options: Any  # of the task, settled by the training files
     held_out: int | None
     cleaning: dict[str, int] = field(default_factory=dict)
     folder: Path | None = None
@@ -51,40 +59,63 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         return read_records(list(paths), columns=data.mapping, format=data.format)
 
     records = records_of(train)
+    options = task.settled(options, records) if hasattr(task, "settled") else options
     if dev:
         dev_records = records_of(dev)
     else:
         try:
             records, dev_records = _divided(task, records, data.dev_fraction, sections.train.seed)
         except DataError:
-            task.examples_of(
-                records, options
-            )  # an error in a line is more useful than an error about equal lines
+            task.examples_of(records, options)  # an error in a line is more useful than one of the split
             raise
-    counts: dict[str, int] = {}
-    if sections.clean.on:
-        names = getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL))
-        records, counts = clean(records, sections.clean, names, editable=getattr(task, "EDITABLE", True))
+    cleaner = cleaner_of(task, sections)
+    records = list(cleaner.kept(records))
+    cleaner.check_some_left(len(records))
     examples = task.examples_of(records, options)
+    dev_examples = task.examples_of(dev_records, options)
+    if not dev:
+        # labels that only held-out examples have go back to training
+        known = set(task.labels_in(examples) or ())
+        fits = [set(task.labels_in([example]) or ()) <= known for example in dev_examples]
+        needed = cleaner.kept(record for record, fit in zip(dev_records, fits) if not fit)
+        examples += task.examples_of(list(needed), options)
+        dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
+        if not dev_examples:
+            raise DataError("data: has too few examples of each label to hold some out, needs --dev")
     task.check_examples(examples)
     least = task.least_batch(examples) if hasattr(task, "least_batch") else 1
     if (size := sections.train.batch_size) < least:
         raise DataError(
             f"train.batch_size: got {size}, {task.NAME} needs at least {least} for these examples"
         )
-    options = task.settled(options, examples) if hasattr(task, "settled") else options
-    dev_examples = task.examples_of(dev_records, options)
     if dev:
         check_known(task, examples, dev_examples)
-        return TaskData(examples, dev_examples, options, None, counts)
-    # labels that only held-out examples have go back to training
-    labels = set(task.labels_in(examples) or ())
-    fits = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
-    needed = [example for example, fit in zip(dev_examples, fits) if not fit]
-    dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
-    if not dev_examples:
-        raise DataError("data: has too few examples of each label to hold some out, needs --dev")
-    return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
+    return TaskData(examples, dev_examples, options, None if dev else len(dev_examples), cleaner.counts)
+
+
+def cleaner_of(task: ModuleType, sections: Sections) -> Cleaner:
+    """The cleaning of a task's records."""
+    editable = getattr(task, "EDITABLE", True)
+    return Cleaner(sections.clean, texts_in(task), compared=compared_in(task), editable=editable)
+
+
+def texts_in(task: ModuleType) -> tuple[str, ...]:
+    """The fields that hold a task's texts."""
+    return tuple(getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL)))
+
+
+def compared_in(task: ModuleType) -> tuple[str, ...]:
+    """The fields that a task's examples are made of: what else a record has, as its id, makes no other example."""
+    read = (*texts_in(task), *task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ()))
+    return tuple(name for name in dict.fromkeys(read) if name not in getattr(task, "NAMES", ()))
+
+
+def key_of(task: ModuleType) -> Callable[[Record], str]:
+    """What records that must not be apart have in common: the texts that a model is given, whatever their labels."""
+    if hasattr(task, "group_of"):
+        group: Callable[[Record], str] = task.group_of
+        return group
+    return lambda record: contents(record, getattr(task, "INPUTS", (*task.FIELDS, *task.OPTIONAL)))
 
 
 def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
@@ -101,8 +132,8 @@ def _divided(
 ) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records: a share of a language model's text, and of the number of other examples."""
     if (*task.FIELDS, *task.LABELS) != ("text",):
-        return split_records(records, fraction, seed=seed, key=getattr(task, "group_of", None))
-    ranks = [rank_of(record, seed=seed) for record in records]
+        return split_records(records, fraction, seed=seed, key=key_of(task))
+    ranks = [rank_of(record, seed=seed, key=key_of(task)) for record in records]
     lengths = [len(_text(record)) for record in records]
     train, dev = split_texts(lambda: records, ranks, lengths, fraction)
     return list(train), list(dev)

@@ -402,7 +402,9 @@ def test_labels_are_of_one_kind() -> None:
     assert classify.kind_of(examples(1, 0.5)) == classify.REGRESSION
     assert classify.kind_of(examples("1", "2.5", kind="regression")) == classify.REGRESSION
     assert classify.labels_in(examples(1, 0.5)) is None
-    settled = classify.settled(classify.Options(), examples(1, 0.5))
+    assert classify.kind_of(examples([1, 0.5], [1, 2])) == classify.REGRESSION
+    given = records([{"text": "a", "label": label} for label in (1, 0.5)])
+    settled = classify.settled(classify.Options(), given)
     assert (
         classify.kind_of(classify.examples_of(records([{"text": "a", "label": 1}]), settled))
         == classify.REGRESSION
