@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -218,6 +219,37 @@ def test_tags_that_are_no_entities_are_classes(encoder: Path) -> None:
     examples = tag.examples_of(records(given), tag.Options())
     assert tag.best(examples) == ("accuracy", True)
     assert 0.0 <= tag.evaluate(model.float(), tokenizer(), examples).metrics["accuracy"] <= 1.0
+
+
+def test_entities_of_iob1_begin_with_b() -> None:
+    """An I- that continues nothing begins an entity; tags in IOB2 stay as they are."""
+    given = [
+        ("I-PER O O I-LOC", "B-PER O O B-LOC"),
+        ("I-PER I-PER B-PER I-LOC O I-LOC I-LOC", "B-PER I-PER B-PER B-LOC O B-LOC I-LOC"),
+        ("B-PER I-PER O B-LOC B-LOC I-LOC", "B-PER I-PER O B-LOC B-LOC I-LOC"),
+    ]
+    examples = tag.examples_of(
+        records([{"tokens": tags.split(), "tags": tags.split()} for tags, _ in given]), tag.Options()
+    )
+    assert [" ".join(example.tags) for example in examples] == [tags for _, tags in given]
+
+
+def test_equally_near_positives_share_their_ranks(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors that are all the same, or not finite, find nothing; one of two equal ones is right half the time."""
+    given = [{"text": f"anna {i}", "positive": f"maria {i}"} for i in range(4)]
+    examples = embed.examples_of(records(given), embed.Options())
+    axes = torch.eye(4)
+
+    def metrics(vector: Callable[[int], Tensor]) -> dict[str, float]:
+        vectors = [vector(i // 2) for i in range(8)]  # of text and positive in turn
+        monkeypatch.setattr(embed, "run", lambda *_: vectors)
+        model, _ = made("embed", encoder, rows("embed"))
+        return embed.evaluate(model, tokenizer(), examples).metrics
+
+    assert metrics(lambda i: axes[i]) == {"accuracy": 1.0, "mrr": 1.0}
+    assert metrics(lambda i: axes[0] * (i + 1)) == {"accuracy": 0.25, "mrr": 0.4}
+    assert metrics(lambda i: axes[0] * torch.nan) == {"accuracy": 0.25, "mrr": 0.4}
+    assert metrics(lambda i: axes[i // 2]) == {"accuracy": 0.5, "mrr": 2 / 3}
 
 
 def test_answers_stand_where_their_labels_say(encoder: Path) -> None:

@@ -148,9 +148,7 @@ def test_one_document_gives_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("documents", [["word"], [document("anna", 9)] * 3])
 def test_what_cannot_be_divided_is_refused(tmp_path: Path, task: str, documents: list[str]) -> None:
-    with pytest.raises(
-        DataError, match="fewer than two different examples, by their texts .* none can be held out"
-    ):
+    with pytest.raises(DataError, match="fewer than two different examples, by their texts"):
         divided(task, file_of(tmp_path / "x.jsonl", documents), 0.1)
 
 
