@@ -17,10 +17,23 @@ from fastattn.data.records import Record, contents
 EMAIL_MASK, PHONE_MASK = "[EMAIL]", "[PHONE]"
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
 # A leading + or 0, or a bracketed area code, or groups separated throughout; 8 to 15 digits in all (E.164).
-PHONE = re.compile(r"(?<![\w+.,/-])(?:\+|\()?\d(?:[ ()./-]{0,2}\d){7,14}(?![\w/-]|[.,]\d)")
+PHONE = re.compile(r"(?<![\w+.,/-])(?<!\d:)(?:\+|\()?\d(?:[ ()./-]{0,2}\d){7,14}(?![\w/-]|[.,:]\d)")
 GROUPED = re.compile(r"\d[ ()./-]{1,2}\(?\d")
-DECIMAL = re.compile(r"\d+\.\d+")
-DATE = re.compile(r"\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ]\d{4}")
+YEAR, OCTET = r"(?:1\d|20)\d\d", r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+OTHER_NUMBERS = (
+    re.compile(r"\d+\.\d+"),
+    # a date, perhaps with a time or another date behind it
+    re.compile(
+        rf"(?:{YEAR}([-./ ])\d{{1,2}}\1\d{{1,2}}|\d{{1,2}}([-./ ])\d{{1,2}}\2{YEAR})(?:[ /-]{{1,2}}\d.*)?"
+    ),
+    re.compile(rf"{YEAR}(?:[ ./-]{{1,2}}{YEAR})+"),
+    re.compile(r"\d{1,2}\.\d\d ?- ?\d{1,2}\.\d\d"),  # times
+    re.compile(rf"{OCTET}(?:\.{OCTET}){{3}}"),  # an IP address
+    # groups of three digits are a number's, except where the first three may be an area code
+    re.compile(r"[1-9]\d?(?:([ .])\d{3})(?:\1\d{3})+|[1-9]\d\d(?:([ .])\d{3})(?:\2\d{3})*(?:\2)000"),
+)
+ISBN = re.compile(r"97[89](?:[ -]?\d){10}")
+ISBN_BEFORE = re.compile(r"\bISBN(?:-1[03])?:?\s*$", re.IGNORECASE)
 KEPT_CONTROLS = "\t\n\r"
 PERMUTATIONS = 128  # of MinHash
 SHINGLE = 5  # words, or characters of scripts without spaces
@@ -199,12 +212,19 @@ def without_emails(text: str) -> str:
 
 
 def without_phones(text: str) -> str:
-    """The text with [PHONE] for each phone number: 8 to 15 digits, grouped or after + or 0; dates are kept."""
-    return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match[0]) else match[0], text)
+    """The text with [PHONE] for each phone number: 8 to 15 digits, grouped or after + or 0.
+
+    Dates, years, times, IP addresses, ISBNs and numbers in groups of three digits are kept, but not 123 456 789 and
+    123.456.789, as phone numbers of some countries are written.
+    """
+    return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match) else match[0], text)
 
 
-def _is_phone(found: str) -> bool:
-    if DATE.fullmatch(found) or DECIMAL.fullmatch(found):
+def _is_phone(match: re.Match[str]) -> bool:
+    found = match[0]
+    if any(pattern.fullmatch(found) for pattern in OTHER_NUMBERS):
+        return False
+    if ISBN.fullmatch(found) or ISBN_BEFORE.search(match.string, max(0, match.start() - 16), match.start()):
         return False
     return found[0] in "+(0" or GROUPED.search(found) is not None
 
@@ -254,7 +274,8 @@ class _NearDuplicates:
     def holds(self, text: str) -> bool:
         """Whether an earlier text is about the same; one that is not is added."""
         sketch = self._datasketch.MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        # a lone surrogate is refused with its line where examples are made
+        sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles(text)])
         if any(sketch.jaccard(self._sketches[name]) >= self._threshold for name in self._index.query(sketch)):
             return True
         name = str(len(self._sketches))
@@ -264,12 +285,12 @@ class _NearDuplicates:
 
 
 def shingles(text: str) -> set[str]:
-    """Runs of five words in lower case; runs of five characters for scripts without spaces, such as Chinese."""
+    """Runs of five words in lower case; runs of five characters for scripts without spaces, such as Chinese, and for
+    texts of fewer words, of all characters where a text has no word."""
     words = WORD.findall(text.lower())
-    if len(words) < SHINGLE or len("".join(words)) > 12 * len(
-        words
-    ):  # average words are shorter in every language
-        words = list("".join(words))
+    # average words are shorter in every language
+    if len(words) < SHINGLE or len("".join(words)) > 12 * len(words):
+        words = list("".join(words) or "".join(text.split()))
     return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 
 

@@ -141,9 +141,14 @@ def text_of(record: Record, name: str) -> str:
         raise DataError(f"{record.where}: {name} is a {type(value).__name__}, needs a text")
     if not value.strip():
         raise DataError(f"{record.where}: {name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{record.where}: {name} has characters that are not valid Unicode")
+    check_unicode(record.where, name, value)
     return value
+
+
+def check_unicode(where: str, name: str, text: str) -> None:
+    """Refuse a text with lone surrogates, which JSON can hold and UTF-8 cannot."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: {name} has characters that are not valid Unicode")
 
 
 def split_records(
@@ -215,7 +220,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
     """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
 
     Raises:
-        DataError: a message lacks "role" or "content".
+        DataError: a message lacks "role" or "content", or is not valid Unicode.
     """
     if "messages" not in record.fields and "prompt" in record.fields:
         return [
@@ -229,6 +234,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):
             raise DataError(f'{record.where}: message {number} needs "role" and "content" that are texts')
+        check_unicode(record.where, f"message {number}", message["role"] + message["content"])
     return messages
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
-from fastattn.data.records import Record, required, text_of
+from fastattn.data.records import Record, check_unicode, required, text_of
 from fastattn.evaluation.classification import multi_label, single_label
 from fastattn.evaluation.regression import regression
 from fastattn.evaluation.report import Report
@@ -338,6 +338,7 @@ def _name(where: str, value: Any) -> str:
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: label is {value!r:.60}, needs a name or an integer")
+    check_unicode(where, "label", value)
     return value.strip()
 
 

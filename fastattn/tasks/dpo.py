@@ -17,7 +17,7 @@ from fastattn.data.best_fit import best_fit
 from fastattn.data.chat import ASSISTANT, DEFAULT_TEMPLATE, ChatTemplate
 from fastattn.data.corpora import DataError
 from fastattn.data.packing import PADDING_SEGMENT
-from fastattn.data.records import Record, contents, required, text_of
+from fastattn.data.records import Record, check_unicode, contents, required, text_of
 from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
@@ -100,6 +100,8 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
             good = [isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt]
             if not prompt or not all(good) or not all(isinstance(m.get("content"), str) for m in prompt):
                 raise DataError(f'{record.where}: prompt is not a list of messages with "role" and "content"')
+            for number, message in enumerate(prompt, 1):
+                check_unicode(record.where, f"message {number}", message["role"] + message["content"])
             prompt = tuple(prompt)
         else:
             prompt = text_of(record, "prompt")

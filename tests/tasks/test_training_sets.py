@@ -382,6 +382,7 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
         ("classify", {"text": "a"}, "has no 'label', it has 'text'"),
         ("classify", {"text": 3, "label": "a"}, "text is a int, needs a text"),
         ("classify", {"text": "a", "label": None}, "label is None, needs a name or an integer"),
+        ("classify", {"text": "a", "label": "\ud800"}, "label has characters that are not valid Unicode"),
         ("classify", {"text": "a", "label": ["a"]}, "label is 'bad!', needs a list of labels as others have"),
         ("classify", {"text": "a", "label": 0.5}, "label is 'bad!', needs a finite number"),
         ("tag", {"tokens": ["a"], "tags": ["O", "O"]}, "has 1 tokens and 2 tags, needs one for each"),

@@ -83,6 +83,16 @@ def test_equal_texts_with_other_labels_stay_together(task: str) -> None:
     assert key(Record("x", row_of(task, "anna", "a"))) != key(Record("x", row_of(task, "maria", "a")))
 
 
+@pytest.mark.parametrize("task", work.TASKS)
+def test_a_lone_surrogate_is_refused_with_its_line(task: str, tmp_path: Path) -> None:
+    rows = [row_of(task, word, "ab"[i % 2]) for i, word in enumerate(WORDS)]
+    text = json.dumps(row_of(task, "x", "a")).replace('"x"', r'"\ud800"')
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + text.replace('"x ', r'"\ud800 ') + "\n")
+    with pytest.raises(DataError, match=r"train.jsonl: line 13: .* (valid Unicode|needs a text)"):
+        read_data(work.task_named(task), [str(path)], [str(path)], sections_of(task, tmp_path))
+
+
 def test_examples_that_go_back_to_training_are_cleaned(tmp_path: Path) -> None:
     labels = ["a", "b"] * 6
     for seed in range(30):
