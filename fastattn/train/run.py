@@ -229,7 +229,7 @@ def _prepare(inputs: Inputs) -> Prepared:
             examples, more = (data.train, extra) if training else (data.dev, {})
             return task.training_set(model, tokenizer, examples, data.options, folder, reuse=reuse, **more)
 
-        train_set, dev_set = corpus.sets(tokenizer, build)
+        train_set, dev_set = corpus.sets(model, tokenizer, build)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
     return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set)
 

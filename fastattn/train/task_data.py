@@ -64,7 +64,7 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         dev_records = records_of(dev)
     else:
         try:
-            records, dev_records = _divided(task, records, data.dev_fraction, sections.train.seed)
+            records, dev_records = _divided(task, records, sections)
         except DataError:
             task.examples_of(records, options)  # an error in a line is more useful than one of the split
             raise
@@ -88,6 +88,7 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         raise DataError(
             f"train.batch_size: got {size}, {task.NAME} needs at least {least} for these examples"
         )
+    check_documents(task, options, examples, dev_examples)
     if dev:
         check_known(task, examples, dev_examples)
     return TaskData(examples, dev_examples, options, None if dev else len(dev_examples), cleaner.counts)
@@ -97,6 +98,20 @@ def cleaner_of(task: ModuleType, sections: Sections) -> Cleaner:
     """The cleaning of a task's records."""
     editable = getattr(task, "EDITABLE", True)
     return Cleaner(sections.clean, texts_in(task), compared=compared_in(task), editable=editable)
+
+
+def least_documents(task: ModuleType, options: Any) -> int:
+    """The fewest documents that the training set and the dev set must have."""
+    return int(task.least_documents(options)) if hasattr(task, "least_documents") else 1
+
+
+def check_documents(task: ModuleType, options: Any, train: Sequence[Any], dev: Sequence[Any]) -> None:
+    """Refuse sets with fewer documents than the task needs; the message names the set."""
+    least = least_documents(task, options)
+    for name, examples in (("--train", train), ("--dev", dev)):
+        if len(examples) < least:
+            some = f"{len(examples)} document{'s' * (len(examples) != 1)}"
+            raise DataError(f"{name}: holds {some}, next_sentence needs at least {least}")
 
 
 def texts_in(task: ModuleType) -> tuple[str, ...]:
@@ -128,14 +143,16 @@ def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
 
 
 def _divided(
-    task: ModuleType, records: list[Record], fraction: float, seed: int
+    task: ModuleType, records: list[Record], sections: Sections
 ) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records: a share of a language model's text, and of the number of other examples."""
+    fraction, seed = sections.data.dev_fraction, sections.train.seed
     if (*task.FIELDS, *task.LABELS) != ("text",):
         return split_records(records, fraction, seed=seed, key=key_of(task))
     ranks = [rank_of(record, seed=seed, key=key_of(task)) for record in records]
     lengths = [len(_text(record)) for record in records]
-    train, dev = split_texts(lambda: records, ranks, lengths, fraction)
+    least = least_documents(task, sections.task)
+    train, dev = split_texts(lambda: records, ranks, lengths, fraction, least)
     return list(train), list(dev)
 
 
@@ -163,23 +180,29 @@ def texts_of(example: Any) -> list[str]:
 
 
 def split_texts(
-    read: Callable[[], Iterable[Record]], ranks: Sequence[bytes], lengths: Sequence[int], fraction: float
+    read: Callable[[], Iterable[Record]],
+    ranks: Sequence[bytes],
+    lengths: Sequence[int],
+    fraction: float,
+    least: int = 1,
 ) -> tuple[Iterator[Record], Iterator[Record]]:
     """(training, held-out) documents, in their order, of which about `fraction` of all characters is held out.
 
     The choice by the number of documents stands where it holds out half to twice of that. Otherwise documents are held
     out in the order of their ranks while they fit, and where these are less than half, the end of the first that does
     not fit, as `split_document` finds it. Equal documents stay together: several that do not fit are passed over. The
-    choice by number also stands where that document cannot be split, or nothing fits.
+    choice by number also stands where that document cannot be split, or nothing fits. Where fewer than `least` documents
+    would be held out, they are those of the lowest ranks, whole.
 
     Args:
         read: gives the documents, each time from the first one on.
         ranks, lengths: of each document, by `rank_of` and in characters.
         fraction: within (0, 1).
+        least: the fewest documents of either part.
 
     Raises:
-        DataError: the only document cannot be split, or all are equal; from an iterator, `read` gave another number of
-            documents than before.
+        DataError: the only document cannot be split, all are equal, or there are too few for `least` in both parts;
+            from an iterator, `read` gave another number of documents than before.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     total = int(sizes.sum())
@@ -201,6 +224,12 @@ def split_texts(
             held = fitting
         elif refused is not None:
             raise refused
+    if held.sum() + (parts is not None) < least:
+        parts, held = None, _lowest(ranks, least)
+    if len(held) - held.sum() < least:
+        raise DataError(
+            f"data: has too few documents for {least} in training and {least} held out, needs --dev"
+        )
 
     def part(dev: bool) -> Iterator[Record]:
         number = -1
@@ -213,6 +242,13 @@ def split_texts(
             raise DataError(f"data: {len(held)} examples had become {number + 1} when read again")
 
     return part(False), part(True)
+
+
+def _lowest(ranks: Sequence[bytes], count: int) -> npt.NDArray[np.bool_]:
+    """The documents of the lowest ranks, at least `count`; equal ones together."""
+    group_of, sizes = groups_of(ranks)
+    taken: npt.NDArray[np.bool_] = np.cumsum(sizes) - sizes < count
+    return taken[group_of]
 
 
 def _fitting(

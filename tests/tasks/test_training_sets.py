@@ -21,7 +21,9 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
+from fastattn.evaluation import baselines
 from fastattn.tasks import classify, embed, masked_lm, qa, tag
+from fastattn.tasks.passages import SENTENCES
 from fastattn.train.metrics import count_targets
 
 TASKS: dict[str, ModuleType] = {
@@ -349,6 +351,32 @@ def test_no_token_of_a_document_is_lost() -> None:
     assert max(len(data[i].ids) for i in range(len(data))) == 16
 
 
+@pytest.mark.parametrize("end", [" ", ". ", " \u0964 ", "\u061f "])
+def test_no_token_of_a_document_is_lost_in_pairs(end: str) -> None:
+    """Also of text without marks, or with those of other scripts than ASCII's: first passages and what follows them."""
+    words = [w for w in task_cases.WORDS if w.isalpha()]
+    documents = [end.join(" ".join(words[i % 7 :][:5]) for i in range(n)) for n in (40, 9, 1, 30)]
+    _, data = passages(documents, max_length=32, next_sentence=True)
+    found: list[int] = []
+    for item in (data[i] for i in range(len(data))):
+        middle = item.ids.index(3)
+        found += item.ids[1:middle] + (item.ids[middle + 1 : -1] if item.follows == 0 else [])
+        assert len(item.ids) <= 32
+    joined = [task_cases.core().encode(text, add_special_tokens=False).ids for text in documents]
+    assert found == [token for ids in joined for token in ids]
+
+
+def test_sentences_end_at_the_marks_of_their_script() -> None:
+    for text, parts in {
+        "a. b? c 3.5! d": ["a.", "b?", "c 3.5!", "d"],
+        "\u0905\u0964\u0905 \u0964 \u0905": ["\u0905\u0964", "\u0905 \u0964", "\u0905"],
+        "\u4f60\u3002\u6211\uff01": ["\u4f60\u3002", "\u6211\uff01"],
+        "\u0645\u061f \u0645": ["\u0645\u061f", "\u0645"],
+    }.items():
+        assert [part for part in SENTENCES.split(text) if part] == parts
+        assert baselines.lead(text) == parts[0]
+
+
 def test_second_passages_follow_or_come_from_elsewhere() -> None:
     """Half follow: those are the next tokens of their document; all sides have tokens and fit."""
     words = [w for w in task_cases.WORDS if w.isalpha()]
@@ -367,12 +395,12 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
         assert first
         assert second
         assert item.types == [0] * (middle + 1) + [1] * (len(second) + 1)
-        if item.follows == 0 and len(item.ids) < 32:  # nothing was cut
+        if item.follows == 0:
             both = " ".join(map(str, first + second)) + " "
             assert any(both in " ".join(map(str, ids)) + " " for ids in joined)
     batch = data.collate([data[0], data[1]])
     assert batch["next_sentence_label"].tolist() == [data[0].follows, data[1].follows]
-    with pytest.raises(DataError, match="holds 1 document, next_sentence needs at least two"):
+    with pytest.raises(DataError, match="holds 1 document with a token, next_sentence needs at least two"):
         passages(["anna. maria."], next_sentence=True)
 
 

@@ -116,6 +116,19 @@ def test_other_data_options_or_tokens_make_other_files(tmp_path: Path, texts: Pa
     assert folders("changed")["documents"] == 3
 
 
+def test_passages_of_another_model_are_of_its_length(tmp_path: Path, texts: Path) -> None:
+    """With the same files, tokenizer and options, the limit of passages is still the model's."""
+    cache = f"--data.cache={tmp_path / 'cache'}"
+    sizes = [word for word in LEARNT if not word.startswith("--task")]
+    for positions in (64, 16, 64):
+        out = tmp_path / str(positions)
+        words = ("--train", texts, *sizes, *STEPS, cache, f"--model.max_position_embeddings={positions}")
+        code, _, err = invoke("train", "masked-lm", *words, "--train.overwrite=true", "--out", out)
+        assert code == 0, err
+    kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert sorted(kinds) == ["documents", "tokenizer", "tokens", "tokens"]
+
+
 def test_a_run_that_goes_on_reads_its_files_again(tmp_path: Path, texts: Path) -> None:
     cache = tmp_path / "cache"
     given = ["train", "causal-lm", "--train", texts, *DECODER, *STEPS[1:], "--json", f"--data.cache={cache}"]

@@ -351,7 +351,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("classify", ["extra"], "'extra': is one word too many"),
     ("embed", ["--train.batch_size=1"], "train.batch_size: got 1, embed needs at least 2 for these examples"),
     ("causal-lm", [], "holds a Bert, causal-lm needs a decoder"),
-    ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "holds 1 document, next_sentence"),
+    ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "--train: holds 1 document, next_sentence"),
     ("classify", ["--dev={unknown}"], "unknown.jsonl: line 1: label 'other' is in no training example"),
     ("classify", ["--train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
     ("classify", ["--train={latin}"], "latin.jsonl: line 1 is not UTF-8"),
