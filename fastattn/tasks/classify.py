@@ -219,7 +219,8 @@ def rows_of(
 ) -> list[Row]:
     """The tokens of each example."""
     texts = [e.text if e.text_pair is None else (e.text, e.text_pair) for e in examples]
-    return tokenizer.encode(texts, longest_of(model, tokenizer, options.max_length))
+    pairs = any(e.text_pair is not None for e in examples)
+    return tokenizer.encode(texts, longest_of(model, tokenizer, options.max_length, pairs=pairs))
 
 
 def targets_of(model: Any, examples: Sequence[Example]) -> list[Any]:

@@ -130,6 +130,17 @@ def test_equal_positives_are_no_negatives(encoder: Path) -> None:
     assert model(**plain(batch)).loss.item() < scores.item()
 
 
+def test_pairs_of_texts_need_room_for_both(encoder: Path) -> None:
+    given = [{**row, "text_pair": "a film"} for row in rows("classify")[:6]]
+    _, data = made("classify", encoder, given, max_length=5)
+    assert {len(data[i][0]) for i in range(len(data))} == {5}
+    assert len(made("classify", encoder, rows("classify")[:6], max_length=3)[1][0][0]) == 3
+    with pytest.raises(
+        DataError, match=r"task.max_length: got 4, of which 3 are special tokens: a token of each"
+    ):
+        made("classify", encoder, given, max_length=4)
+
+
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "classify": ("ForSequenceClassification", {"num_labels": 2, "id2label": {0: "bad!", 1: "good!"}}),
     "several": (
@@ -281,6 +292,18 @@ def test_answers_stand_where_their_labels_say(encoder: Path) -> None:
             assert example.context[row.offsets[first][0] : row.offsets[last][1]] == example.answers[0][0]
     data = qa.training_set(model, tokenizer(), examples, settings)
     assert len(data) == sum(map(len, windows))
+
+
+def test_a_long_question_changes_the_windows_of_no_other(encoder: Path) -> None:
+    context = "the old tower , " * 12
+    given = [{"question": "who?", "context": context, "answers": [{"text": "old"}]}]
+    given.append({"question": "who? " * 8, "context": context, "answers": [{"text": "old"}]})
+    settings = qa.Options(max_length=30, stride=10)
+    examples = qa.examples_of(records(given), settings)
+    model = qa.new_model(encoder, examples, settings, tokenizer())
+    first, second = qa.windows_of(model, tokenizer(), examples, settings)
+    assert first == qa.windows_of(model, tokenizer(), examples[:1], settings)[0]
+    assert len(second) > len(first)
 
 
 def passages(given: list[str], **options: Any) -> tuple[Any, masked_lm.Passages]:

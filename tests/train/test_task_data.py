@@ -93,6 +93,13 @@ def test_a_lone_surrogate_is_refused_with_its_line(task: str, tmp_path: Path) ->
         read_data(work.task_named(task), [str(path)], [str(path)], sections_of(task, tmp_path))
 
 
+def test_questions_without_a_title_are_divided_by_their_contexts(tmp_path: Path) -> None:
+    for title in ("", " ", None):
+        rows = [{"title": title, **row_of("qa", word, "x")} for word in WORDS]
+        data = read("qa", tmp_path, rows)
+        assert [len(data.train), len(data.dev)] == [11, 1]
+
+
 def test_examples_that_go_back_to_training_are_cleaned(tmp_path: Path) -> None:
     labels = ["a", "b"] * 6
     for seed in range(30):
