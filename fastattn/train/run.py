@@ -140,11 +140,11 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         trainer.display.note(f"data: in files in {data.folder}, for later runs of the same data too")
     for name, count in data.cleaning.items():
         trainer.display.note(f"clean.{name}: {count} examples")
-    if getattr(prepared.train_set, "cut_rows", 0):
-        cut = prepared.train_set
-        trainer.display.note(
-            f"{cut.cut_rows} texts are longer than the model's limit: {cut.cut} tokens are cut"
-        )
+    for name, cut in (("training", prepared.train_set), ("dev", prepared.dev_set)):
+        if getattr(cut, "cut_rows", 0):
+            trainer.display.note(
+                f"{cut.cut_rows} {name} texts are longer than the model's limit: {cut.cut} tokens are cut"
+            )
     if hasattr(task, "lost") and (lost := task.lost(prepared.tokenizer, data.train)):
         trainer.display.note(lost)
     result = trainer.fit()
@@ -352,6 +352,8 @@ def _report(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> di
             "files": list(inputs.dev),
             "examples": len(data.dev),
             "held_out_of_train": data.held_out is not None,
+            "cut_tokens": getattr(prepared.dev_set, "cut", 0),
+            "cut_texts": getattr(prepared.dev_set, "cut_rows", 0),
         },
         "labels": None if labels is None else list(labels),
         "cleaning": data.cleaning,

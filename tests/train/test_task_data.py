@@ -113,6 +113,22 @@ def test_examples_that_go_back_to_training_are_cleaned(tmp_path: Path) -> None:
         assert all("@" in example.text for example in data.dev)
 
 
+@pytest.mark.parametrize("task", ["chat", "dpo", "seq2seq", "embed"])
+def test_texts_in_messages_are_cleaned(task: str, tmp_path: Path) -> None:
+    rows = [row_of(task, f"{word} x@y.de", "b") for word in WORDS]
+    data = read(task, tmp_path, rows, "--clean.emails=true")
+    assert not any("@" in text for example in data.train for text in texts_of(example))
+    assert data.cleaning == {"emails": len(data.train)}
+
+
+@pytest.mark.parametrize("task", ["tag", "qa"])
+def test_texts_with_places_are_not_changed(task: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"clean.emails: changes texts, but the labels of this task are positions"
+    ):
+        read(task, tmp_path, [row_of(task, word, "b") for word in WORDS], "--clean.emails=true")
+
+
 def test_a_label_that_only_a_held_out_example_has_is_no_label_of_all(tmp_path: Path) -> None:
     rows = [{"text": word, "label": "a"} for word in WORDS[:9]] + [{"text": "tower", "label": "b"}]
     found = []
