@@ -191,8 +191,8 @@ def split_texts(
     The choice by the number of documents stands where it holds out half to twice of that. Otherwise documents are held
     out in the order of their ranks while they fit, and where these are less than half, the end of the first that does
     not fit, as `split_document` finds it. Equal documents stay together: several that do not fit are passed over. The
-    choice by number also stands where that document cannot be split, or nothing fits. Where fewer than `least` documents
-    would be held out, they are those of the lowest ranks, whole.
+    choice by number also stands where that document cannot be split, or nothing fits. Where this holds out fewer than
+    `least` documents, those of the lowest ranks are held out whole.
 
     Args:
         read: gives the documents, each time from the first one on.
