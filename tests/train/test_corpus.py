@@ -25,7 +25,7 @@ DECODER = ("--model", "nano", "--model.n_embd=16", "--model.n_layer=1", "--model
 DECODER = (*DECODER, "--data.vocab_size=300", "--task.max_length=16", "--model.n_positions=32")
 ENCODER = ("--task.max_length=12",)
 LEARNT = ("--model", "minilm-l6", "--model.hidden_size=16", "--model.num_hidden_layers=1")
-LEARNT = (*LEARNT, "--model.num_attention_heads=2", "--data.vocab_size=40", "--task.max_length=12")
+LEARNT = (*LEARNT, "--model.num_attention_heads=2", "--data.vocab_size=80", "--task.max_length=12")
 STEPS = ("--train.max_steps=3", "--train.batch_size=4", "--train.device=cpu", "--train.eval_every=2")
 MEASURED = {"out", "seconds", "tokens_per_second", "peak_memory", "stopped", "wall_seconds", "mfu"}
 LONG = "Anna lives in Paris. The old tower is good! Maria works for Acmes."
