@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastattn.data.checks import check_flag, check_integer
 from fastattn.data.corpora import DataError
-from fastattn.data.records import Record
+from fastattn.data.records import Record, contents
 
 EMAIL_MASK, PHONE_MASK = "[EMAIL]", "[PHONE]"
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}(?![\w-])")
 # A leading + or 0, or a bracketed area code, or groups separated throughout; 8 to 15 digits in all (E.164).
-PHONE = re.compile(r"(?<![\w+.,/-])(?:\+|\()?\d(?:[ ()./-]{0,2}\d){7,14}(?![\w/-]|[.,]\d)")
+PHONE = re.compile(r"(?<![\w+.,/-])(?<!\d:)(?:\+|\()?\d(?:[ ()./-]{0,2}\d){7,14}(?![\w/-]|[.,:]\d)")
 GROUPED = re.compile(r"\d[ ()./-]{1,2}\(?\d")
-DECIMAL = re.compile(r"\d+\.\d+")
-DATE = re.compile(r"\d{4}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ]\d{4}")
+YEAR, OCTET = r"(?:1\d|20)\d\d", r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+OTHER_NUMBERS = (
+    re.compile(r"\d+\.\d+"),
+    # a date, perhaps with a time or another date behind it
+    re.compile(
+        rf"(?:{YEAR}([-./ ])\d{{1,2}}\1\d{{1,2}}|\d{{1,2}}([-./ ])\d{{1,2}}\2{YEAR})(?:[ /-]{{1,2}}\d.*)?"
+    ),
+    re.compile(rf"{YEAR}(?:[ ./-]{{1,2}}{YEAR})+"),
+    re.compile(r"\d{1,2}\.\d\d ?- ?\d{1,2}\.\d\d"),  # times
+    re.compile(rf"{OCTET}(?:\.{OCTET}){{3}}"),  # an IP address
+    # groups of three digits are a number's, except where the first three may be an area code
+    re.compile(r"[1-9]\d?(?:([ .])\d{3})(?:\1\d{3})+|[1-9]\d\d(?:([ .])\d{3})(?:\2\d{3})*(?:\2)000"),
+)
+ISBN = re.compile(r"97[89](?:[ -]?\d){10}")
+ISBN_BEFORE = re.compile(r"\bISBN(?:-1[03])?:?\s*$", re.IGNORECASE)
 KEPT_CONTROLS = "\t\n\r"
 PERMUTATIONS = 128  # of MinHash
 SHINGLE = 5  # words, or characters of scripts without spaces
@@ -35,7 +47,7 @@ class CleaningConfig:
     Args:
         encoding: repair text that was UTF-8 read as Windows-1252 or Latin-1, and normalise to NFC.
         control: remove control, formatting-only and unassigned characters, except tabs and line ends.
-        exact_duplicates: drop an example whose fields all equal those of an earlier one.
+        exact_duplicates: drop an example that equals an earlier one in every field that the task reads.
         near_duplicates: drop an example whose text has at least this Jaccard similarity to an earlier one (of runs of
             five words, by MinHash); needs the package datasketch.
         min_chars, max_chars: drop an example whose text is shorter or longer.
@@ -68,14 +80,14 @@ class CleaningConfig:
         if None not in (self.min_chars, self.max_chars) and self.min_chars > self.max_chars:  # type: ignore[operator]
             raise ValueError(f"max_chars: got {self.max_chars}, needs at least min_chars={self.min_chars}")
 
-    @property
-    def on(self) -> bool:
-        """Whether any step is."""
-        return any(getattr(self, field.name) not in (False, None) for field in fields(self))
-
 
 def clean(
-    records: Sequence[Record], config: CleaningConfig, names: Sequence[str], *, editable: bool = True
+    records: Sequence[Record],
+    config: CleaningConfig,
+    names: Sequence[str],
+    *,
+    compared: Sequence[str] | None = None,
+    editable: bool = True,
 ) -> tuple[list[Record], dict[str, int]]:
     """The remaining records, and for each step that is on the number of examples that it changed or dropped.
 
@@ -83,13 +95,14 @@ def clean(
         records: of one task.
         config: the steps, in the order of its fields, except that duplicates are dropped last, exact ones first.
         names: the fields that hold text; other values are not changed.
+        compared: the fields in which exact duplicates are equal; None for all that a record has.
         editable: whether steps may change text; False where labels are positions in the text, as for answers.
 
     Raises:
         DataError: near_duplicates without the package datasketch; a step changes text that is not editable; or
             nothing is left.
     """
-    cleaner = Cleaner(config, names, editable=editable)
+    cleaner = Cleaner(config, names, compared=compared, editable=editable)
     kept = list(cleaner.kept(records))
     cleaner.check_some_left(len(kept))
     return kept, cleaner.counts
@@ -102,8 +115,16 @@ class Cleaner:
     counts: for each step that is on, the number of records that it has changed or dropped so far.
     """
 
-    def __init__(self, config: CleaningConfig, names: Sequence[str], *, editable: bool = True) -> None:
+    def __init__(
+        self,
+        config: CleaningConfig,
+        names: Sequence[str],
+        *,
+        compared: Sequence[str] | None = None,
+        editable: bool = True,
+    ) -> None:
         self.config, self.names = config, tuple(names)
+        self._compared = None if compared is None else tuple(compared)
         edits = {
             "encoding": repaired,
             "control": without_control,
@@ -153,7 +174,7 @@ class Cleaner:
             if config.max_chars is not None and size > config.max_chars:
                 return "max_chars"
         if config.exact_duplicates:
-            digest = _digest(record)
+            digest = hashlib.sha256(contents(record, self._compared).encode()).digest()
             if digest in self._seen:
                 return "exact_duplicates"
             self._seen.add(digest)
@@ -191,12 +212,19 @@ def without_emails(text: str) -> str:
 
 
 def without_phones(text: str) -> str:
-    """The text with [PHONE] for each phone number: 8 to 15 digits, grouped or after + or 0; dates are kept."""
-    return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match[0]) else match[0], text)
+    """The text with [PHONE] for each phone number: 8 to 15 digits, grouped or after + or 0.
+
+    Dates, years, times, IP addresses, ISBNs and numbers in groups of three digits are kept, but not 123 456 789 and
+    123.456.789, as phone numbers of some countries are written.
+    """
+    return PHONE.sub(lambda match: PHONE_MASK if _is_phone(match) else match[0], text)
 
 
-def _is_phone(found: str) -> bool:
-    if DATE.fullmatch(found) or DECIMAL.fullmatch(found):
+def _is_phone(match: re.Match[str]) -> bool:
+    found = match[0]
+    if any(pattern.fullmatch(found) for pattern in OTHER_NUMBERS):
+        return False
+    if ISBN.fullmatch(found) or ISBN_BEFORE.search(match.string, max(0, match.start() - 16), match.start()):
         return False
     return found[0] in "+(0" or GROUPED.search(found) is not None
 
@@ -228,11 +256,6 @@ def _texts(record: Record, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _digest(record: Record) -> bytes:
-    text = json.dumps(record.fields, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).digest()
-
-
 class _NearDuplicates:
     """The sketches of texts, against which further ones are compared."""
 
@@ -251,7 +274,8 @@ class _NearDuplicates:
     def holds(self, text: str) -> bool:
         """Whether an earlier text is about the same; one that is not is added."""
         sketch = self._datasketch.MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([shingle.encode() for shingle in shingles(text)])
+        # a lone surrogate is refused with its line where examples are made
+        sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles(text)])
         if any(sketch.jaccard(self._sketches[name]) >= self._threshold for name in self._index.query(sketch)):
             return True
         name = str(len(self._sketches))
@@ -261,12 +285,12 @@ class _NearDuplicates:
 
 
 def shingles(text: str) -> set[str]:
-    """Runs of five words in lower case; runs of five characters for scripts without spaces, such as Chinese."""
+    """Runs of five words in lower case; runs of five characters for scripts without spaces, such as Chinese, and for
+    texts of fewer words, of all characters where a text has no word."""
     words = WORD.findall(text.lower())
-    if len(words) < SHINGLE or len("".join(words)) > 12 * len(
-        words
-    ):  # average words are shorter in every language
-        words = list("".join(words))
+    # average words are shorter in every language
+    if len(words) < SHINGLE or len("".join(words)) > 12 * len(words):
+        words = list("".join(words) or "".join(text.split()))
     return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 
 

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from fastattn.constants import MAX_INT32
 from fastattn.data.checks import check_flag, check_integer, check_texts
 from fastattn.data.encoding import InputTokenizer
+from fastattn.data.tokenization import BYTES
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 KINDS = ("wordpiece", "bpe", "characters")
@@ -30,7 +31,8 @@ def train_input_tokenizer(
         kind: "wordpiece", as BERT's; "bpe", byte-level as RoBERTa's, which has no unknown token; "characters", a token
             for each character, which suits Chinese; characters beyond the vocabulary are unknown.
         documents: the text; read twice for "wordpiece", where an iterator is kept as a list.
-        vocab_size: number of tokens, special ones included; fewer if the text has fewer.
+        vocab_size: most tokens, special ones included, at least the special tokens and the 256 bytes of "bpe" or every
+            character of the text of "wordpiece", at a word's beginning and within words.
         lowercase: whether case and accents are dropped; not for "bpe".
         min_frequency: least number of occurrences of a token.
 
@@ -53,11 +55,14 @@ def train_input_tokenizer(
     trainer: Any
     if kind == "wordpiece":
         documents = list(documents) if iter(documents) is documents else documents
+        every, inner = _characters(core, documents)
+        _check_least(vocab_size, len(SPECIAL) + len(every) + len(inner), "the characters of the documents")
         # The library numbers "##x" in the order of a hash table and breaks ties by these numbers, which special tokens
         # get in the given order.
-        options["special_tokens"] += [f"##{character}" for character in _inner(core, documents)]
+        options["special_tokens"] += [f"##{character}" for character in inner]
         trainer = trainers.WordPieceTrainer(**options)
     elif kind == "bpe":
+        _check_least(vocab_size, len(SPECIAL) + BYTES, "all bytes")
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
     else:
         trainer = trainers.WordLevelTrainer(**options)
@@ -71,14 +76,24 @@ def train_input_tokenizer(
     return InputTokenizer(core, mask_token="[MASK]")
 
 
-def _inner(core: tokenizers.Tokenizer, documents: Iterable[str]) -> list[str]:
-    """The characters that occur within a word after its first, sorted."""
+def _check_least(vocab_size: int, least: int, what: str) -> None:
+    """Refuse a size that the library would exceed."""
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, needs at least {least} for special tokens and {what}"
+        )
+
+
+def _characters(core: tokenizers.Tokenizer, documents: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The characters of words, and those that occur within a word after its first, sorted."""
     pieces = {piece for document in documents for piece in document.split()}
-    found: set[str] = set()
+    every: set[str] = set()
+    inner: set[str] = set()
     for piece in pieces:
         for word, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(piece)):
-            found.update(word[1:])
-    return sorted(found)
+            every.update(word)
+            inner.update(word[1:])
+    return sorted(every), sorted(inner)
 
 
 def _untrained(kind: str, lowercase: bool) -> tokenizers.Tokenizer:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ import numpy.typing as npt
 
 from fastattn.data.corpora import DataError, check_text_file, split_documents
 from fastattn.data.hub_records import HUB, is_saved_dataset, read_hub, read_saved
-from fastattn.data.json_lines import check_file, lines_of, objects_of
+from fastattn.data.json_lines import check_file
+from fastattn.data.readers import READERS
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -35,7 +34,6 @@ SUFFIXES = {
     ".md": "text",
 }
 FORMATS = ("jsonl", "json", "csv", "tsv", "conll", "text")
-DOCUMENT_START = "-DOCSTART-"  # CoNLL-2003's line between documents
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,10 @@ def read_records(
     A file's suffix determines its format, see `SUFFIXES`:
 
     - JSONL: an object in each line. JSON: SQuAD's layout, a list of objects, or lines as JSONL.
-    - CSV and TSV: the first line names the columns; every value is a str.
+    - CSV and TSV: the first line names the columns; every value is a str. CSV has quotes; TSV has none: a value ends
+      at a tab or line end, and quotation marks are part of it (IANA's text/tab-separated-values).
     - CoNLL: a word and its tag in each line, the first and last of columns separated by tabs or else spaces, a blank
-      line between sentences: fields "tokens" and "tags".
+      line or one that begins with -DOCSTART- between sentences: fields "tokens" and "tags".
     - SQuAD: fields "id", "title", "question", "context", "answers" (a list of {"text", "answer_start"}) and
       "is_impossible" where the file has it.
     - Text: field "text", documents separated by two blank lines or more.
@@ -142,9 +141,14 @@ def text_of(record: Record, name: str) -> str:
         raise DataError(f"{record.where}: {name} is a {type(value).__name__}, needs a text")
     if not value.strip():
         raise DataError(f"{record.where}: {name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{record.where}: {name} has characters that are not valid Unicode")
+    check_unicode(record.where, name, value)
     return value
+
+
+def check_unicode(where: str, name: str, text: str) -> None:
+    """Refuse a text with lone surrogates, which JSON can hold and UTF-8 cannot."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: {name} has characters that are not valid Unicode")
 
 
 def split_records(
@@ -174,8 +178,16 @@ def split_records(
 
 def rank_of(record: Record, *, seed: int = 0, key: Callable[[Record], str] | None = None) -> bytes:
     """The seeded hash by which `held_out` decides on a record: 32 bytes."""
-    text = key(record) if key else json.dumps(record.fields, sort_keys=True, default=str)
+    text = key(record) if key else contents(record)
     return hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
+
+
+def contents(record: Record, names: Sequence[str] | None = None) -> str:
+    """The fields, or those of `names` that are there and not null, as one text that is equal for equal values."""
+    fields = record.fields
+    if names is not None:
+        fields = {name: fields[name] for name in names if fields.get(name) is not None}
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def held_out(ranks: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
@@ -186,7 +198,10 @@ def held_out(ranks: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
     """
     group_of, sizes = groups_of(ranks)
     if len(sizes) < 2:
-        raise DataError("data: has fewer than two different examples, so none can be held out, needs --dev")
+        raise DataError(
+            "data: has fewer than two different examples, by their texts or by the articles they are about, so none "
+            "can be held out, needs --dev"
+        )
     wanted = max(1, round(fraction * len(ranks)))
     taken = np.cumsum(sizes) - sizes < wanted  # until enough are held out
     taken[-1] = False
@@ -205,7 +220,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
     """The messages of a chat record: its "messages" ({"role", "content"} each), or "prompt" and "completion".
 
     Raises:
-        DataError: a message lacks "role" or "content".
+        DataError: a message lacks "role" or "content", or is not valid Unicode.
     """
     if "messages" not in record.fields and "prompt" in record.fields:
         return [
@@ -219,6 +234,7 @@ def conversation_of(record: Record) -> list[dict[str, str]]:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), str):
             raise DataError(f'{record.where}: message {number} needs "role" and "content" that are texts')
+        check_unicode(record.where, f"message {number}", message["role"] + message["content"])
     return messages
 
 
@@ -275,125 +291,9 @@ def _file_records(path: Path, format: str | None) -> Iterator[Record]:
                 yield Record(f"{path}: document {number}", {"text": document})
         return
     check_file(path)
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "conll": _conll}
     empty = True
-    for record in readers[kind](path):
+    for where, fields in READERS[kind](path):
         empty = False
-        yield record
+        yield Record(where, fields)
     if empty:
         raise DataError(f"{path}: holds no example")
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    for where, entry in objects_of(path):
-        yield Record(where, entry)
-
-
-def _json(path: Path) -> Iterator[Record]:
-    text = "\n".join(line for _, line in lines_of(path))
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # an object in each line
-            yield from _jsonl(path)
-            return
-        at = f": line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{at} is not JSON ({getattr(error, 'msg', 'nested too deep')})") from None
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content_list = content["data"]
-        if not content_list or (isinstance(content_list[0], dict) and "paragraphs" in content_list[0]):
-            yield from _squad(path, content_list)
-            return
-        content = content_list
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: holds a {type(content).__name__}, needs a list of objects or SQuAD's data")
-    for number, entry in enumerate(content, 1):
-        if not isinstance(entry, dict):
-            raise DataError(f"{path}: item {number} is not a JSON object")
-        yield Record(f"{path}: item {number}", entry)
-
-
-def _squad(path: Path, articles: list[Any]) -> Iterator[Record]:
-    for a, article in enumerate(articles):
-        at = f"{path}: data[{a}]"
-        for p, paragraph in enumerate(_list_of(article, "paragraphs", at)):
-            inner = f"{at}.paragraphs[{p}]"
-            for q, question in enumerate(_list_of(paragraph, "qas", inner)):
-                where = f"{inner}.qas[{q}]"
-                if not isinstance(question, dict):
-                    raise DataError(f"{where} is not a JSON object")
-                fields = {"id": f"{a}-{p}-{q}", "title": article.get("title", f"data[{a}]"), **question}
-                yield Record(where, {**fields, "context": paragraph.get("context")})
-
-
-def _list_of(entry: Any, name: str, where: str) -> list[Any]:
-    value = entry.get(name) if isinstance(entry, dict) else None
-    if not isinstance(value, list):
-        raise DataError(f"{where} has no list {name!r}, needs SQuAD's layout")
-    return value
-
-
-def _csv(path: Path, delimiter: str = ",") -> Iterator[Record]:
-    rows = _rows(path, delimiter)
-    _, header = next(rows, (1, []))
-    for column in header:
-        if not column.strip() or header.count(column) > 1:
-            what = "more than one column is named" if column.strip() else "a column has no name:"
-            raise DataError(f"{path}: line 1: {what} {column!r}")
-    for number, row in rows:
-        if len(row) != len(header):
-            raise DataError(
-                f"{path}: line {number} has {len(row)} values, needs {len(header)} as its first line names"
-            )
-        yield Record(f"{path}: line {number}", dict(zip(header, row)))
-
-
-def _tsv(path: Path) -> Iterator[Record]:
-    return _csv(path, "\t")
-
-
-def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not empty, each with the number of its first line."""
-    reader = csv.reader((line + "\n" for _, line in lines_of(path)), delimiter=delimiter, strict=True)
-    begins = 1
-    while True:
-        limit = csv.field_size_limit(sys.maxsize)  # of this row alone: it holds for the whole process
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}: line {begins} is not CSV ({error})") from None
-        finally:
-            csv.field_size_limit(limit)
-        if row is None:
-            return
-        if row:
-            yield begins, row
-        begins = reader.line_num + 1
-
-
-def _conll(path: Path) -> Iterator[Record]:
-    tokens: list[str] = []
-    tags: list[str] = []
-    begins, width = 1, 0
-    for number, line in lines_of(path):
-        if not line.strip():
-            if tokens:
-                yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})
-                tokens, tags = [], []
-            continue
-        if line.startswith(DOCUMENT_START):
-            continue
-        parts = line.split("\t") if "\t" in line else line.split()
-        if len(parts) < 2 or not parts[0].strip() or not parts[-1].strip():
-            raise DataError(f"{path}: line {number} needs a word and its tag with a tab between them")
-        if width and len(parts) != width:
-            raise DataError(f"{path}: line {number} has {len(parts)} columns, those before it have {width}")
-        width = len(parts)
-        if not tokens:
-            begins = number
-        tokens.append(parts[0])
-        tags.append(parts[-1].strip())
-    if tokens:
-        yield Record(f"{path}: line {begins}", {"tokens": tokens, "tags": tags})

@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastattn.evaluation.report import MissingPackage
-from fastattn.evaluation.words import is_unspaced
+from fastattn.evaluation.words import SENTENCE_END, is_unspaced
 
 Label = TypeVar("Label", bound=Hashable)
 
-# a sentence ends at its mark; in scripts without spaces no space has to follow
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[\u3002\uff01\uff1f])\s*|\n\s*\n")
+_SENTENCE_END = re.compile(SENTENCE_END + r"|\n\s*\n")
 
 
 def majority(labels: Sequence[Label]) -> Label:

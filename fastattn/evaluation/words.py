@@ -16,6 +16,13 @@ _UNSPACED = re.compile(f"[{_RANGES}]")
 _PIECES = re.compile(f"[{_RANGES}]|[^\\s{_RANGES}]+")
 
 
+# After a sentence: white space behind marks of scripts with spaces (ASCII's, Arabic, Urdu, Armenian, Ethiopic),
+# where they also stand within words, and the place behind others (Chinese, dandas, Burmese, Khmer).
+SENTENCE_END = (
+    "(?<=[.!?\u061f\u06d4\u0589\u1362])\\s+|(?<=[\u3002\uff01\uff1f\uff61\u0964\u0965\u104b\u17d4])\\s*"
+)
+
+
 class _Replaced(dict[int, str]):
     """A table for str.translate: characters that `drop` names become `by`; it fills as characters come."""
 

@@ -30,8 +30,8 @@ MODELS = (GPT,)
 FIELDS = ("messages",)
 OPTIONAL = ("prompt", "completion")
 LABELS: tuple[str, ...] = ()
+INPUTS = ("messages", "prompt")
 NEW_PARTS: tuple[str, ...] = ()
-EDITABLE = False  # cleaning edits single texts, not lists of messages
 CHANGES_TOKENIZER = True  # one without a chat template gets one
 DEFAULTS = {"max_epochs": 3.0, "batch_size": 8, "lr": 1e-4, "min_lr_ratio": 0.0, "weight_decay": 0.01}
 BATCH_SIZE = 8
@@ -133,15 +133,21 @@ def dev_set(
 
 
 def sample(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], options: Options) -> str:
-    """The first conversation up to the assistant's first message, and the model's greedy answer."""
-    messages = examples[0].messages
-    first = next(number for number, message in enumerate(messages) if message["role"] == ASSISTANT)
-    prompt = ChatTemplate.of(tokenizer).render(messages[:first], add_generation_prompt=True)
+    """The first conversation up to an answer of the assistant, and the model's greedy answer."""
+    asked = next((before for example in examples for before in [_asked(example.messages)] if before), None)
+    if asked is None:
+        return "no sample: no conversation has a message before one of the assistant"
+    prompt = ChatTemplate.of(tokenizer).render(asked, add_generation_prompt=True)
     front = template_front(tokenizer)
     ids = tokenizer.encode(prompt)
     ids = ids if ids[: len(front)] == front else [*front, *ids]
-    asked = messages[first - 1]["content"] if first else ""
-    return f"{asked} -> {causal_lm.written(model, tokenizer, ids, prompt=False).strip()}"
+    return f"{asked[-1]['content']} -> {causal_lm.written(model, tokenizer, ids, prompt=False).strip()}"
+
+
+def _asked(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The messages before the first answer of the assistant that follows another message; empty without one."""
+    places = (number for number, message in enumerate(messages) if number and message["role"] == ASSISTANT)
+    return messages[: next(places, 0)]
 
 
 def packed(

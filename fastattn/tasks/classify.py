@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
-from fastattn.data.records import Record, required, text_of
+from fastattn.data.records import Record, check_unicode, required, text_of
 from fastattn.evaluation.classification import multi_label, single_label
 from fastattn.evaluation.regression import regression
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForSequenceClassification
 from fastattn.models.fields import one_of, or_none, positive, size, text
-from fastattn.models.heads import ClassifierOutput
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, run, wide
 from fastattn.tasks.options import CheckedOptions, part
+from fastattn.tasks.taught import TaughtClassifier
 from fastattn.tasks.training import (
     FINE_TUNING,
     HEADS,
@@ -32,7 +32,6 @@ from fastattn.tasks.training import (
     load_encoder,
     longest_of,
     saved_labels,
-    soft_loss,
 )
 from fastattn.tasks.training import REGRESSION as REGRESSION
 from fastattn.tasks.training import SEVERAL as SEVERAL
@@ -57,8 +56,8 @@ class Options(CheckedOptions):
     Args:
         max_length: most tokens of a text, which is truncated there; None for the model's limit.
         kind: "single", one label; "several" labels at once (a list in each example); "regression", a number or a list
-            of numbers; "auto" decides by the values: with a fraction in a number or in a list of numbers a regression,
-            with other lists several, everything else single.
+            of numbers; "auto" decides by the values: where one has a fraction, all are a regression, else lists are
+            several and everything else is single.
         separator: separates labels in a text, because CSV has no lists.
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if it has all labels.
         distill_weight: share of the teacher's loss in the total loss.
@@ -99,12 +98,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
         DataError: a record lacks a column, or its label is of another kind than the others; with file and line.
     """
     values = [_label_value(record, options) for record in records]
-    kind = options.kind
-    if kind == "auto":
-        lists = any(isinstance(value, list) for value in values)
-        numbers = (each for value in values for each in (value if isinstance(value, list) else [value]))
-        fractions = any(isinstance(each, float) for each in numbers)
-        kind = "regression" if fractions else "several" if lists else "single"
+    kind = settled(options, records).kind
     made = []
     for record, value in zip(records, values):
         pair = text_of(record, "text_pair") if record.fields.get("text_pair") is not None else None
@@ -145,10 +139,19 @@ def check_examples(examples: Sequence[Example]) -> None:
         raise DataError(f"data: all {len(examples)} examples have the same number, needs two")
 
 
-def settled(options: Options, examples: Sequence[Example]) -> Options:
-    """The options with the kind of labels that training examples have, for the examples that are held out."""
-    kinds = {SINGLE: "single", SEVERAL: "several", REGRESSION: "regression"}
-    return replace(options, kind=kinds[kind_of(examples)])
+def settled(options: Options, records: Sequence[Record]) -> Options:
+    """The options with the kind of labels that all of these records have, for any part of them.
+
+    Raises:
+        DataError: a record has no label; with file and line.
+    """
+    if options.kind != "auto":
+        return options
+    values = [_label_value(record, options) for record in records]
+    lists = any(isinstance(value, list) for value in values)
+    numbers = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    fractions = any(isinstance(each, float) for each in numbers)
+    return replace(options, kind="regression" if fractions else "several" if lists else "single")
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
@@ -158,28 +161,9 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
     ]
 
 
-class Classifier(BertForSequenceClassification):
-    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) besides labels.
-
-    loss = (1 - w) * loss of the labels + w * `soft_loss`, with w `distill_weight` and T `temperature`.
-    """
-
-    distill_weight = 0.0
-    temperature = 1.0
-
-    def forward(self, *args: Any, teacher_logits: Tensor | None = None, **kwargs: Any) -> ClassifierOutput:
-        """As `BertForSequenceClassification.forward`."""
-        output = super().forward(*args, **kwargs)
-        if teacher_logits is None or output.loss is None:
-            return output
-        soft = soft_loss(output.logits, teacher_logits, self.temperature, self.config.problem_type)
-        mixed = (1 - self.distill_weight) * output.loss + self.distill_weight * soft
-        return output._replace(loss=mixed)
-
-
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
-) -> Classifier:
+) -> TaughtClassifier:
     """The folder's or preset's encoder with a head for the labels, new or saved as `options.head` says."""
     labels = labels_in(examples)
     if labels is None:
@@ -190,7 +174,7 @@ def new_model(
         chosen = chosen_head(source, BertForSequenceClassification, labels, options.head)
         fields = {"id2label": dict(enumerate(chosen)), "problem_type": kind_of(examples)}
         new = _new_parts(source, options, chosen)
-    model = load_encoder(Classifier, source, tokenizer, new=new, **fields)
+    model = load_encoder(TaughtClassifier, source, tokenizer, new=new, **fields)
     model.distill_weight, model.temperature = options.distill_weight, options.temperature
     return model
 
@@ -217,7 +201,8 @@ def rows_of(
 ) -> list[Row]:
     """The tokens of each example."""
     texts = [e.text if e.text_pair is None else (e.text, e.text_pair) for e in examples]
-    return tokenizer.encode(texts, longest_of(model, tokenizer, options.max_length))
+    pairs = any(e.text_pair is not None for e in examples)
+    return tokenizer.encode(texts, longest_of(model, tokenizer, options.max_length, pairs=pairs))
 
 
 def targets_of(model: Any, examples: Sequence[Example]) -> list[Any]:
@@ -343,6 +328,7 @@ def _name(where: str, value: Any) -> str:
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: label is {value!r:.60}, needs a name or an integer")
+    check_unicode(where, "label", value)
     return value.strip()
 
 

@@ -17,7 +17,7 @@ from fastattn.data.best_fit import best_fit
 from fastattn.data.chat import ASSISTANT, DEFAULT_TEMPLATE, ChatTemplate
 from fastattn.data.corpora import DataError
 from fastattn.data.packing import PADDING_SEGMENT
-from fastattn.data.records import Record, required, text_of
+from fastattn.data.records import Record, check_unicode, contents, required, text_of
 from fastattn.data.tokenization import Tokenizer
 from fastattn.evaluation.report import Report
 from fastattn.models import GPT, GPTConfig
@@ -28,16 +28,17 @@ from fastattn.tasks import causal_lm
 from fastattn.tasks.chat import ends_of
 from fastattn.tasks.logprobs import next_targets, token_losses
 from fastattn.tasks.options import CheckedOptions, part
-from fastattn.tasks.perplexity import template_front
+from fastattn.tasks.perplexity import bos_of, template_front
+from fastattn.tasks.preferences import ANSWERS, answer_of, shared_messages
 
 NAME = "dpo"
 MODELS = (GPT,)
 FIELDS = ("prompt",)
 OPTIONAL: tuple[str, ...] = ()
-LABELS = ("chosen", "rejected")
+LABELS = ANSWERS
 TEXTS = ("prompt", "chosen", "rejected")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
-EDITABLE = False
+CHANGES_TOKENIZER = True  # prompts in messages are rendered by a chat template
 DEFAULTS = {"max_epochs": 1.0, "batch_size": 8, "lr": 1e-5, "min_lr_ratio": 0.0, "weight_decay": 0.0}
 BATCH_SIZE = 8
 
@@ -47,8 +48,8 @@ class Options(CheckedOptions):
     """Options of the DPO loss.
 
     Args:
-        max_length: most tokens of a prompt with an answer; first the prompt is truncated at its beginning, then the
-            answer at its end. None for 1024, or fewer where the model has fewer positions.
+        max_length: most tokens of a prompt with an answer; first the prompt is truncated at its beginning, behind its
+            BOS, then the answer at its end. None for 1024, or fewer where the model has fewer positions.
         beta: of the loss; a smaller one lets the model differ more from the reference.
         label_smoothing: probability that chosen and rejected are swapped.
     """
@@ -96,19 +97,26 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """
     made = []
     for record in records:
-        prompt = _shared(record) if "prompt" not in record.fields else required(record, "prompt")
+        prompt = shared_messages(record) if "prompt" not in record.fields else required(record, "prompt")
         if isinstance(prompt, list):
             good = [isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt]
             if not prompt or not all(good) or not all(isinstance(m.get("content"), str) for m in prompt):
                 raise DataError(f'{record.where}: prompt is not a list of messages with "role" and "content"')
+            for number, message in enumerate(prompt, 1):
+                check_unicode(record.where, f"message {number}", message["role"] + message["content"])
             prompt = tuple(prompt)
         else:
             prompt = text_of(record, "prompt")
-        chosen, rejected = (_answer(record, name) for name in LABELS)
+        chosen, rejected = (answer_of(record, name) for name in ANSWERS)
         if chosen == rejected:
             raise DataError(f"{record.where}: chosen and rejected are the same, needs two different answers")
         made.append(Example(record.where, prompt, chosen, rejected))
     return made
+
+
+def group_of(record: Record) -> str:
+    """The key of a pair's prompt: pairs with the same prompt stay together where data is split."""
+    return contents(record, FIELDS if record.fields.get("prompt") is not None else LABELS)
 
 
 def labels_in(examples: Sequence[Example]) -> None:
@@ -179,9 +187,16 @@ def new_model(
     """
     if isinstance(source, GPTConfig):
         raise DataError("--model: got a preset's name, dpo needs the folder of a trained model")
+    set_template(tokenizer, examples)
     model = PreferenceGPT.from_pretrained(source, dtype=torch.float32).train()
     model.beta, model.label_smoothing = options.beta, options.label_smoothing
     return model
+
+
+def set_template(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    """Give a tokenizer without a chat template one where prompts are messages; the run saves it."""
+    if tokenizer.chat_template is None and any(not isinstance(e.prompt, str) for e in examples):
+        tokenizer.chat_template = DEFAULT_TEMPLATE
 
 
 class Preferences:
@@ -258,11 +273,9 @@ def pairs_of(
     A chat template, if there is one, renders prompt and answer; otherwise the answer follows the prompt directly. Both
     answers end with the end-of-text token.
     """
-    template = None
-    if tokenizer.chat_template is not None or any(not isinstance(e.prompt, str) for e in examples):
-        tokenizer.chat_template = tokenizer.chat_template or DEFAULT_TEMPLATE
-        template = ChatTemplate.of(tokenizer)
-    front = template_front(tokenizer)
+    set_template(tokenizer, examples)
+    template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
+    front, bos = template_front(tokenizer), bos_of(model, tokenizer)
     ends = ends_of(model, tokenizer)
     pairs = []
     cut = cut_rows = 0
@@ -275,7 +288,9 @@ def pairs_of(
             if not prompt:
                 raise DataError(f"{example.where}: the prompt has no token")
             over = max(0, len(prompt) + len(said) - length)
-            kept = prompt[min(over, len(prompt) - 1) :]
+            first = max(len(front), prompt[0] == bos)
+            first = first if first < len(prompt) else 0
+            kept = [*prompt[:first], *prompt[min(first + over, len(prompt) - 1) :]]
             answers.append([*kept, *said][:length])
             prompts.append(len(kept))
             cut, cut_rows = cut + over, cut_rows + (over > 0)
@@ -349,44 +364,3 @@ def _tokens(
     said = tokenizer.encode(whole[len(before) :])
     stops = [i for i, token in enumerate(said) if token in ends]
     return tokenizer.encode(before), said[: stops[-1] + 1] if stops else said
-
-
-def _shared(record: Record) -> list[Any]:
-    """The messages that the conversations of both answers begin with, each one message longer.
-
-    Raises:
-        DataError: the answers are no conversations, they begin differently, or go on for more than one message.
-    """
-    both = [required(record, name) for name in LABELS]
-    if not all(isinstance(each, list) for each in both):
-        raise DataError(
-            f"{record.where}: has no prompt, needs one, or chosen and rejected as lists of messages"
-        )
-    shared = 0
-    while shared < min(map(len, both)) and both[0][shared] == both[1][shared]:
-        shared += 1
-    if shared == 0:
-        raise DataError(
-            f"{record.where}: has no prompt, and chosen and rejected begin with different messages"
-        )
-    for name, each in zip(LABELS, both):
-        if len(each) != shared + 1:
-            raise DataError(
-                f"{record.where}: {name} has {len(each) - shared} messages behind the {shared} that both answers "
-                f"begin with, needs one"
-            )
-    return both[0][:shared]
-
-
-def _answer(record: Record, name: str) -> str:
-    value = required(record, name)
-    if not isinstance(value, list):
-        return text_of(record, name)
-    last = value[-1] if value else None
-    if (
-        not isinstance(last, dict)
-        or last.get("role") != ASSISTANT
-        or not isinstance(last.get("content"), str)
-    ):
-        raise DataError(f'{record.where}: {name} does not end with a message of the assistant with "content"')
-    return text_of(Record(record.where, {name: last["content"]}), name)

@@ -41,6 +41,7 @@ LABELS = ("positive",)
 EXTRA = ("negative", "score")
 TEXTS = ("text", "positive", "negative")  # what cleaning reads
 NEW_PARTS: tuple[str, ...] = ()
+SAME = 1e-6  # difference of cosines that rounding in float32 makes
 DEFAULTS = {**FINE_TUNING, "max_epochs": 1.0, "batch_size": 64, "lr": 2e-5}
 
 
@@ -254,7 +255,8 @@ def evaluate(
     """With scores, their correlation with the cosines of the pairs; without, how often the positive is the nearest.
 
     accuracy is the share of texts whose own positive is the nearest of all different positives of the set, and mrr the
-    mean of 1 / its rank.
+    mean of 1 / its rank. Of n positives that are equally near each is the nearest to a share of 1 / n, and has the mean
+    of their ranks.
     """
     options = options or Options()
     texts = list(dict.fromkeys(text for e in examples for text in (e.text, e.positive)))
@@ -269,14 +271,19 @@ def evaluate(
     positives = list(dict.fromkeys(e.positive for e in examples))
     place = {text: number for number, text in enumerate(positives)}
     matrix = F.normalize(torch.stack([of_text[text] for text in positives]), dim=-1)  # (P, E)
-    ranks = []
+    ranks, first_of = [], []
     for start in range(0, len(examples), 1024):
         scores = F.normalize(first[start : start + 1024], dim=-1) @ matrix.T
         own = torch.tensor([place[e.positive] for e in examples[start : start + 1024]], device="cpu")
         mine = scores.gather(1, own[:, None])
-        ranks += ((scores > mine).sum(1) + 1).tolist()
+        nearer = (scores > mine + SAME).sum(1)
+        tied = (~(scores < mine - SAME)).sum(
+            1
+        ) - nearer  # its own among them; all where vectors are not finite
+        ranks += (nearer + (tied + 1) / 2).tolist()
+        first_of += torch.where(nearer == 0, 1 / tied, 0.0).tolist()
     metrics = {
-        "accuracy": sum(rank == 1 for rank in ranks) / len(ranks),
+        "accuracy": sum(first_of) / len(first_of),
         "mrr": sum(1 / rank for rank in ranks) / len(ranks),
     }
     return Report(metrics=metrics, count=len(ranks))

@@ -81,6 +81,11 @@ class Options(CheckedOptions):
     }
 
 
+def least_documents(options: Options) -> int:
+    """The fewest documents of a set: the second of two passages may have to come from another one."""
+    return 2 if options.next_sentence else 1
+
+
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> TaughtMaskedLM | TaughtPreTraining:
@@ -178,6 +183,14 @@ def mask_tokens(
     return masked, labels
 
 
+def passage_length(model: Any, tokenizer: InputTokenizer, options: Options) -> int:
+    """Most tokens of a passage; DataError where the model has fewer positions."""
+    limit = options.max_length
+    if limit is None:
+        limit = min(MAX_LENGTH, longest_of(model, tokenizer, None))
+    return longest_of(model, tokenizer, limit)
+
+
 def training_set(
     model: Any,
     tokenizer: InputTokenizer,
@@ -198,10 +211,7 @@ def training_set(
     """
     if tokenizer.mask_id is None:
         raise DataError("tokenizer: has no mask token, which masked-lm needs")
-    limit = options.max_length
-    if limit is None:
-        limit = min(MAX_LENGTH, longest_of(model, tokenizer, None))
-    longest = longest_of(model, tokenizer, limit)
+    longest = passage_length(model, tokenizer, options)
     if teacher is not None:
         attach_teacher(model, tokenizer, teacher, options, longest)
     around = Around.of(tokenizer)
@@ -209,7 +219,7 @@ def training_set(
     passages: Sequence[Passage]
     if folder is None:
         passages = list(
-            pairs(list(sentences_of(tokenizer, texts)), longest, around)
+            pairs(list(sentences_of(tokenizer, texts, longest, around)), longest, around)
             if options.next_sentence
             else singles(tokenizer, texts, longest, around)
         )

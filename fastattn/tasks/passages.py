@@ -11,9 +11,10 @@ import numpy as np
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.packing import batched_texts
+from fastattn.evaluation.words import SENTENCE_END
 
 SHORTER = 0.1  # share of pairs with a random shorter length
-SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])|\\n+")  # ASCII's and Chinese
+SENTENCES = re.compile(SENTENCE_END + r"|\n+")
 SEED = 0  # of the passages
 
 
@@ -85,6 +86,12 @@ class Tokens(NamedTuple):
             words += [word + offset for word in each.words]
         return cls(ids, words)
 
+    def pieces(self, most: int) -> Iterator[Tokens]:
+        """Parts of at most `most` tokens."""
+        for first in range(0, len(self.ids), most):
+            words = self.words[first : first + most]
+            yield Tokens(self.ids[first : first + most], [w - words[0] if w >= 0 else -1 for w in words])
+
 
 def _tokens_of(tokenizer: InputTokenizer, texts: Sequence[str]) -> list[Tokens]:
     found = tokenizer.core.encode_batch(list(texts), add_special_tokens=False)
@@ -99,27 +106,38 @@ def singles(
     _check_room(room, longest)
     for some in batched_texts(texts):
         for tokens in _tokens_of(tokenizer, some):
-            for first in range(0, len(tokens.ids), room):
-                part = tokens.ids[first : first + room]
-                words = tokens.words[first : first + room]
-                yield around.passage(part, [word - words[0] if word >= 0 else -1 for word in words])
+            for piece in tokens.pieces(room):
+                yield around.passage(*piece)
 
 
-def sentences_of(tokenizer: InputTokenizer, texts: Iterable[str]) -> Iterator[list[Tokens]]:
-    """The tokens of each document's sentences; documents without a token are left out."""
+def sentences_of(
+    tokenizer: InputTokenizer, texts: Iterable[str], longest: int, around: Around
+) -> Iterator[list[Tokens]]:
+    """The tokens of each document's sentences, of which a pair of `longest` tokens holds two: longer ones are divided.
+
+    Documents without a token are left out.
+    """
+    most = _pair_room(longest, around) // 2
     for text in texts:
-        sentences = [part for part in SENTENCE_END.split(text) if part.strip()]
-        tokens = [t for t in _tokens_of(tokenizer, sentences) if t.ids]
+        sentences = [part for part in SENTENCES.split(text) if part.strip()]
+        tokens = [piece for t in _tokens_of(tokenizer, sentences) for piece in t.pieces(most)]
         if tokens:
             yield tokens
 
 
 def pairs(documents: Sequence[Sequence[Tokens]], longest: int, around: Around) -> Iterator[Passage]:
-    """Passages of two runs of sentences; as for BERT, the second is from another document half of the time."""
-    room = longest - sum(map(len, around.pair))
-    _check_room(room - 1, longest)
+    """Passages of two runs of sentences; as for BERT, the second is from another document half of the time.
+
+    Every token of a document is in a passage. What does not fit is of the other document's run, which is truncated.
+
+    Args:
+        documents: the sentences of each, as `sentences_of` divides them for `longest` and `around`.
+    """
+    room = _pair_room(longest, around)
     if len(documents) < 2:
-        raise DataError(f"data: holds {len(documents)} document, next_sentence needs at least two")
+        raise DataError(
+            f"data: holds {len(documents)} document with a token, next_sentence needs at least two"
+        )
     random = np.random.default_rng(SEED)
     for number, document in enumerate(documents):
         yield from _pairs_of(documents, number, document, room, around, random)
@@ -137,7 +155,7 @@ def _pairs_of(
     while place < len(document):
         target = room if random.random() >= SHORTER else int(random.integers(2, room + 1))
         end, length = place, 0
-        while end < len(document) and (length < target or end == place):
+        while end < len(document) and length < target and length + len(document[end].ids) <= room:
             length += len(document[end].ids)
             end += 1
         run = document[place:end]
@@ -151,10 +169,14 @@ def _pairs_of(
         else:
             second, follows = Tokens.joined(run[cut:]), 0
             place = end
-        half = max(1, room // 2)
-        keep_second = min(len(second.ids), max(half, room - len(first.ids)))
-        keep_first = min(len(first.ids), room - keep_second)
-        yield around.pair_of(_head(first, keep_first), _head(second, keep_second), follows)
+        yield around.pair_of(first, _head(second, room - len(first.ids)), follows)
+
+
+def _pair_room(longest: int, around: Around) -> int:
+    """Tokens of both texts of a pair."""
+    room = longest - sum(map(len, around.pair))
+    _check_room(room - 1, longest)
+    return room
 
 
 def _head(tokens: Tokens, count: int) -> Tokens:

@@ -36,6 +36,7 @@ FIELDS = ("question", "context")
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("answers",)
 EXTRA = ("title", "id", "is_impossible")
+NAMES = ("title", "id")  # which examples do not consist of
 EDITABLE = False  # labels are positions in the text
 NEW_PARTS = ("head.*", "qa_outputs.*")
 DEFAULTS = FINE_TUNING
@@ -53,7 +54,7 @@ class Options(CheckedOptions):
 
     Args:
         max_length: tokens of a window, question included; None for 384, or fewer where the model has fewer positions.
-        stride: tokens that consecutive windows of a context share.
+        stride: tokens that consecutive windows of a context share; at most half of what the question leaves it.
         no_answer: whether an evaluation allows "no answer"; "auto" where some examples have no answer.
         head: "new", "saved" for the head of the model's folder, or "auto" for the saved one if there is one.
         distill_weight: share of the teacher's loss in the whole.
@@ -115,8 +116,8 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 def group_of(record: Record) -> str:
     """The key of a question's article or context: questions with the same key stay together where data is split."""
-    fields = record.fields
-    return str(fields["title"] if isinstance(fields.get("title"), str) else fields.get("context"))
+    title = record.fields.get("title")
+    return title if isinstance(title, str) and title.strip() else str(record.fields.get("context"))
 
 
 def best(examples: Sequence[Example]) -> tuple[str, bool]:
@@ -178,17 +179,38 @@ def windows_of(
         min(max_tokens(model, tokenizer), MAX_LENGTH) if options.max_length is None else options.max_length
     )
     longest = longest_of(model, tokenizer, limit)
+    pairs = [(e.question, e.context) for e in examples]
+    return _windows(tokenizer, pairs, longest, options.stride, [f"{e.where}: question" for e in examples])
+
+
+def _windows(
+    tokenizer: InputTokenizer,
+    pairs: Sequence[tuple[str, str]],
+    longest: int,
+    stride: int,
+    names: Sequence[str],
+) -> list[list[Row]]:
+    """The windows of each pair, which share `stride` tokens, or half of what its question leaves where that is less.
+
+    Raises:
+        DataError: a question, which `names` has a name for, leaves no room for its context.
+    """
     around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
-    stride = options.stride
-    for example, row in zip(examples, tokenizer.encode([e.question for e in examples])):
+    of_stride: dict[int, list[int]] = {}
+    for number, row in enumerate(tokenizer.encode([question for question, _ in pairs])):
         room = longest - len(row.ids) - around
         if room < 1:
             raise DataError(
-                f"{example.where}: question has {len(row.ids)} tokens of the {longest} that the model reads, "
+                f"{names[number]} has {len(row.ids)} tokens of the {longest} that the model reads, "
                 f"which leaves none for its context"
             )
-        stride = min(stride, room // 2)
-    return tokenizer.encode_windows([(e.question, e.context) for e in examples], longest, stride)
+        of_stride.setdefault(min(stride, room // 2), []).append(number)
+    found: list[list[Row]] = [[] for _ in pairs]
+    for each, numbers in of_stride.items():
+        made = tokenizer.encode_windows([pairs[number] for number in numbers], longest, each)
+        for number, windows in zip(numbers, made):
+            found[number] = windows
+    return found
 
 
 def positions_of(row: Row, example: Example) -> tuple[int, int]:
@@ -294,9 +316,9 @@ def predict(
         ValueError: a question leaves no room for its context; the message has its number, from 1 on.
     """
     longest = max_tokens(model, tokenizer)
-    stride = check_questions(model, tokenizer, examples)
     pairs = [(e["question"], e["context"]) for e in examples]
-    windows = tokenizer.encode_windows(pairs, longest, stride)
+    names = [f"question {number}:" for number in range(1, len(pairs) + 1)]
+    windows = _windows(tokenizer, pairs, longest, STRIDE, names)
     predictions = []
     for example, (spans, none) in zip(examples, answers_of(model, windows, batch_size, top_k)):
         answers: list[dict[str, Any]] = [
@@ -325,22 +347,6 @@ def answers_of(
     for (number, _), result in zip(flat, results):
         of_context[number].append(result)
     return [best_answers(found, top_k) for found in of_context]
-
-
-def check_questions(model: Any, tokenizer: InputTokenizer, examples: Sequence[dict[str, str]]) -> int:
-    """The number of tokens that windows share; ValueError for a question that leaves no token for its context."""
-    longest = max_tokens(model, tokenizer)
-    around = tokenizer.special_counts[1] - tokenizer.special_counts[0]
-    stride = STRIDE
-    for number, row in enumerate(tokenizer.encode([e["question"] for e in examples]), 1):
-        room = longest - len(row.ids) - around
-        if room < 1:
-            raise ValueError(
-                f"question {number}: has {len(row.ids)} tokens of the {longest} that the model reads, "
-                f"which leaves none for its context"
-            )
-        stride = min(stride, room // 2)
-    return stride
 
 
 def line(prediction: dict[str, Any]) -> str:

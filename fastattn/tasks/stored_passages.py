@@ -32,7 +32,7 @@ def stored_passages(
     kind = np.uint16 if largest < 1 << 16 else np.uint32
     if two:
         sentences = folder / SENTENCES
-        StoredSentences.write(sentences, sentences_of(tokenizer, texts), kind)
+        StoredSentences.write(sentences, sentences_of(tokenizer, texts, longest, around), kind)
         StoredPassages.write(folder, pairs(StoredSentences(sentences), longest, around), kind)
         shutil.rmtree(sentences)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +38,7 @@ MODELS = (BertForTokenClassification,)
 FIELDS = ("text",)
 OPTIONAL: tuple[str, ...] = ()
 LABELS = ("tokens", "tags")
-TEXTS = ("tokens",)  # what cleaning reads
+TEXTS = INPUTS = ("tokens",)  # what cleaning and the model read
 EDITABLE = False  # labels belong to positions in the text
 NEW_PARTS = ("head.*", "classifier.*")
 DEFAULTS = {**FINE_TUNING, "max_epochs": 5.0}
@@ -86,6 +86,8 @@ class Example:
 def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
     """The examples of records with "tokens" and "tags", two lists of texts of the same length.
 
+    Tags of entities become IOB2: an I- that continues no entity of its type becomes the B- of a new one, as IOB1 means.
+
     Raises:
         DataError: a record lacks a column, or its lists differ in length; with file and line.
     """
@@ -97,14 +99,15 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
                 f"{record.where}: has {len(tokens)} tokens and {len(tags)} tags, needs one for each"
             )
         made.append(Example(record.where, tokens, tags))
-    if any(_is_bio(tag) and tag != OUTSIDE for example in made for tag in example.tags):
-        for example in made:
-            for place, tag in enumerate(example.tags, 1):
-                if not _is_bio(tag):
-                    raise DataError(
-                        f"{example.where}: tag {place} is {tag!r:.60}, needs O, B-TYPE or I-TYPE as the others"
-                    )
-    return made
+    if not any(_is_bio(tag) and tag != OUTSIDE for example in made for tag in example.tags):
+        return made
+    for example in made:
+        for place, tag in enumerate(example.tags, 1):
+            if not _is_bio(tag):
+                raise DataError(
+                    f"{example.where}: tag {place} is {tag!r:.60}, needs O, B-TYPE or I-TYPE as the others"
+                )
+    return [replace(example, tags=_iob2(example.tags)) for example in made]
 
 
 def labels_in(examples: Sequence[Example]) -> tuple[str, ...]:
@@ -240,6 +243,12 @@ def check_labels(model: Any, examples: Sequence[Example]) -> None:
 
 def _is_bio(tag: str) -> bool:
     return tag == OUTSIDE or (tag[:2] in ("B-", "I-") and len(tag) > 2)
+
+
+def _iob2(tags: Sequence[str]) -> tuple[str, ...]:
+    """Tags in which every entity begins with B-."""
+    begins = [tag[:2] == "I-" and last[2:] != tag[2:] for last, tag in zip((OUTSIDE, *tags), tags)]
+    return tuple(f"B-{tag[2:]}" if begin else tag for tag, begin in zip(tags, begins))
 
 
 def _texts(record: Record, name: str) -> tuple[str, ...]:

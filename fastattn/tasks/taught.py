@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders that also learn from a teacher's logits, for the tasks with a label for each token."""
+"""Encoders and encoder-decoders that also learn from a teacher's logits, for the tasks with a label for each token or text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from fastattn.models import (
     BertForMaskedLM,
     BertForPreTraining,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertForTokenClassification,
     EncoderDecoder,
 )
-from fastattn.models.heads import QuestionAnsweringOutput
+from fastattn.models.heads import ClassifierOutput, QuestionAnsweringOutput
 from fastattn.models.losses import widened
-from fastattn.tasks.training import soft_cross_entropy
+from fastattn.tasks.training import soft_cross_entropy, soft_loss
 
 FAR = -1e9  # a logit of what takes no part in a softmax, finite at every temperature
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -234,3 +235,22 @@ class TaughtEncoderDecoder(Taught, EncoderDecoder):
         with torch.no_grad():
             theirs = teacher(**inputs_for(teacher, given), labels=labels, return_logits=True).logits[counted]
         return output._replace(loss=self.mixed(output.loss, output.logits[counted], theirs))
+
+
+class TaughtClassifier(BertForSequenceClassification):
+    """A classifier that also learns from a teacher: forward takes `teacher_logits` (B, num_labels) besides labels.
+
+    loss = (1 - w) * loss of the labels + w * `soft_loss`, with w `distill_weight` and T `temperature`.
+    """
+
+    distill_weight = 0.0
+    temperature = 1.0
+
+    def forward(self, *args: Any, teacher_logits: Tensor | None = None, **kwargs: Any) -> ClassifierOutput:
+        """As `BertForSequenceClassification.forward`."""
+        output = super().forward(*args, **kwargs)
+        if teacher_logits is None or output.loss is None:
+            return output
+        soft = soft_loss(output.logits, teacher_logits, self.temperature, self.config.problem_type)
+        mixed = (1 - self.distill_weight) * output.loss + self.distill_weight * soft
+        return output._replace(loss=mixed)

@@ -124,8 +124,8 @@ def layout_of(model: Any) -> dict[str, Any]:
     return {"pad_id": model.config.pad_token_id or 0, "typed": model.config.type_vocab_size > 1}
 
 
-def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) -> int:
-    """Most tokens of a row: `max_length`, or the limit of model and tokenizer.
+def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None, *, pairs: bool = False) -> int:
+    """Most tokens of a row: `max_length`, or the limit of model and tokenizer; with `pairs`, a row may be of two texts.
 
     Raises:
         DataError: the model has fewer positions, or special tokens take all of the row.
@@ -133,7 +133,7 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) ->
     limit = max_tokens(model, tokenizer)
     if max_length is None:
         return limit
-    check_room(tokenizer, max_length)
+    check_room(tokenizer, max_length, pairs=pairs)
     config = model.config
     positions = config.max_position_embeddings - config.position_offset
     if config.positions == "learned" and max_length > positions:
@@ -141,12 +141,13 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None) ->
     return max_length
 
 
-def check_room(tokenizer: InputTokenizer, max_length: int) -> None:
-    """Refuse a length that the special tokens around a text take."""
-    around = tokenizer.special_counts[0]
-    if max_length <= around:
+def check_room(tokenizer: InputTokenizer, max_length: int, *, pairs: bool = False) -> None:
+    """Refuse a length that leaves no token of a text, or with `pairs` of each of two, beside the special tokens."""
+    around = tokenizer.special_counts[pairs]
+    if max_length < around + 1 + pairs:
+        left = "a token of each text is not" if pairs else "no token of a text is"
         raise DataError(
-            f"task.max_length: got {max_length}, of which {around} are special tokens: no token of a text is left"
+            f"task.max_length: got {max_length}, of which {around} are special tokens: {left} left"
         )
 
 

@@ -20,16 +20,22 @@ from typing import Any, TypeVar
 from fastattn.cache import cache_dir, locked, write_atomically
 from fastattn.data import DataError
 from fastattn.data.array_files import StoredTexts
-from fastattn.data.cleaning import Cleaner
 from fastattn.data.records import Record, iterate_records, rank_of, source_files
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming
 from fastattn.tasks.documents import StoredExamples
 from fastattn.train.checkpoint import publish
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections
-from fastattn.train.task_data import TaskData, split_texts
+from fastattn.train.task_data import (
+    TaskData,
+    check_documents,
+    cleaner_of,
+    key_of,
+    least_documents,
+    split_texts,
+)
 
-FORMAT = 2  # of the files; another number makes them anew
+FORMAT = 3  # of the files; another number makes them anew
 LARGE = 64 << 20  # bytes of data from which on it goes into files by default
 COUNTS = "counts.json"
 Made = TypeVar("Made")
@@ -70,13 +76,16 @@ class Corpus:
             FORMAT,
             [[source_key(path, sections.data.format) for path in paths] for paths in (train, dev)],
             [sections.data.mapping, sections.data.format, asdict(sections.clean)],
-            None if dev else [sections.data.dev_fraction, sections.train.seed],
+            None
+            if dev
+            else [sections.data.dev_fraction, sections.train.seed, least_documents(task, sections.task)],
         )
 
     def read(self) -> TaskData:
         """The documents, from files that an earlier run wrote or that are written now."""
         folder = self._folder("documents", self.key)
         train, dev, counts = made(folder, self._write, _documents)
+        check_documents(self.task, self.sections.task, train, dev)
         return TaskData(
             StoredExamples(train),
             StoredExamples(dev),
@@ -92,10 +101,19 @@ class Corpus:
         key = _digest(self.key, [options.tokenizer, options.vocab_size, options.lowercase], self.task.NAME)
         return made(self._folder("tokenizer", key), lambda folder: learn().save_pretrained(folder), load)
 
-    def sets(self, tokenizer: Any, build: Callable[[Path, bool, bool], Made]) -> tuple[Made, Made]:
+    def sets(
+        self, model: Any, tokenizer: Any, build: Callable[[Path, bool, bool], Made]
+    ) -> tuple[Made, Made]:
         """The training and the dev set, `build(folder, whether it is the training set, whether its files exist)`."""
+        options = self.sections.task
         learnt = [tokenizer.core.to_str(), getattr(tokenizer, "eos_id", None)]
-        key = _digest(self.key, learnt, asdict(self.sections.task), self.task.NAME)
+        # passages have the length that the model and its tokenizer allow; a stream of tokens has none
+        length = (
+            self.task.passage_length(model, tokenizer, options)
+            if hasattr(self.task, "passage_length")
+            else None
+        )
+        key = _digest(self.key, learnt, asdict(options), self.task.NAME, length)
 
         def write(folder: Path) -> None:
             for name, training in (("train", True), ("dev", False)):
@@ -121,7 +139,7 @@ class Corpus:
 
     def _write(self, folder: Path) -> None:
         """train/ and dev/ with the documents, and what cleaning did."""
-        clean = Cleaner(self.sections.clean, self.task.FIELDS)
+        clean = cleaner_of(self.task, self.sections)
         train: Iterator[Record]
         if self.dev:
             train, dev = self._records(self.train), self._records(self.dev)
@@ -139,9 +157,10 @@ class Corpus:
         for record in self._records(self.train):
             # an error in a line comes before one of the split
             (example,) = self.task.examples_of([record], self.sections.task)
-            ranks.append(rank_of(record, seed=self.sections.train.seed))
+            ranks.append(rank_of(record, seed=self.sections.train.seed, key=key_of(self.task)))
             lengths.append(len(example.text))
-        return split_texts(lambda: self._records(self.train), ranks, lengths, self.sections.data.dev_fraction)
+        fraction, least = self.sections.data.dev_fraction, least_documents(self.task, self.sections.task)
+        return split_texts(lambda: self._records(self.train), ranks, lengths, fraction, least)
 
 
 def made(folder: Path, write: Callable[[Path], None], read: Callable[[Path], Made]) -> Made:

@@ -61,6 +61,8 @@ def report_of(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> 
             "files": list(inputs.dev),
             "examples": len(data.dev),
             "held_out_of_train": data.held_out is not None,
+            "cut_tokens": getattr(prepared.dev_set, "cut", 0),
+            "cut_texts": getattr(prepared.dev_set, "cut_rows", 0),
         },
         "labels": None if labels is None else list(labels),
         "cleaning": data.cleaning,

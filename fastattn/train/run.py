@@ -163,9 +163,11 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         trainer.display.note(f"data: in files in {data.folder}, for later runs of the same data too")
     for name, count in data.cleaning.items():
         trainer.display.note(f"clean.{name}: {count} examples")
-    if rows := getattr(prepared.train_set, "cut_rows", 0):
-        tokens = prepared.train_set.cut
-        trainer.display.note(f"{rows} texts are longer than the model's limit: {tokens} tokens are cut")
+    for name, cut in (("training", prepared.train_set), ("dev", prepared.dev_set)):
+        if getattr(cut, "cut_rows", 0):
+            trainer.display.note(
+                f"{cut.cut_rows} {name} texts are longer than the model's limit: {cut.cut} tokens are cut"
+            )
     if hasattr(task, "lost") and (lost := task.lost(prepared.tokenizer, data.train)):
         trainer.display.note(lost)
     result = trainer.fit()
@@ -261,7 +263,7 @@ def _prepare(inputs: Inputs) -> Prepared:
                 return _dev_set(task, model, tokenizer, data.dev, data.options, folder, reuse=reuse)
             return task.training_set(model, tokenizer, data.train, data.options, folder, reuse=reuse, **extra)
 
-        train_set, dev_set = corpus.sets(tokenizer, build)
+        train_set, dev_set = corpus.sets(model, tokenizer, build)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
     about = describe(task, sections, data, model, tokenizer, inputs.teacher)
     notes = () if directory.resume_from is None else tuple(check_same(directory.resume_from, about))

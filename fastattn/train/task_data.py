@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fastattn.data import DataError
-from fastattn.data.cleaning import clean
-from fastattn.data.records import Record, groups_of, held_out, rank_of, read_records, split_records
+from fastattn.data.cleaning import Cleaner
+from fastattn.data.records import (
+    Record,
+    contents,
+    groups_of,
+    held_out,
+    rank_of,
+    read_records,
+    split_records,
+)
 from fastattn.train.task_config import Sections
 
 
@@ -29,7 +37,7 @@ class TaskData:
 
     train: Sequence[Any]
     dev: Sequence[Any]
-    options: Any  # of the task, settled by the training examples
+    options: Any  # of the task, settled by the training files
     held_out: int | None
     cleaning: dict[str, int] = field(default_factory=dict)
     folder: Path | None = None
@@ -51,40 +59,78 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
         return read_records(list(paths), columns=data.mapping, format=data.format)
 
     records = records_of(train)
+    options = task.settled(options, records) if hasattr(task, "settled") else options
     if dev:
         dev_records = records_of(dev)
     else:
         try:
-            records, dev_records = _divided(task, records, data.dev_fraction, sections.train.seed)
+            records, dev_records = _divided(task, records, sections)
         except DataError:
-            task.examples_of(
-                records, options
-            )  # an error in a line is more useful than an error about equal lines
+            task.examples_of(records, options)  # an error in a line is more useful than one of the split
             raise
-    counts: dict[str, int] = {}
-    if sections.clean.on:
-        names = getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL))
-        records, counts = clean(records, sections.clean, names, editable=getattr(task, "EDITABLE", True))
+    cleaner = cleaner_of(task, sections)
+    records = list(cleaner.kept(records))
+    cleaner.check_some_left(len(records))
     examples = task.examples_of(records, options)
+    dev_examples = task.examples_of(dev_records, options)
+    if not dev:
+        # labels that only held-out examples have go back to training
+        known = set(task.labels_in(examples) or ())
+        fits = [set(task.labels_in([example]) or ()) <= known for example in dev_examples]
+        needed = cleaner.kept(record for record, fit in zip(dev_records, fits) if not fit)
+        examples += task.examples_of(list(needed), options)
+        dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
+        if not dev_examples:
+            raise DataError("data: has too few examples of each label to hold some out, needs --dev")
     task.check_examples(examples)
     least = task.least_batch(examples) if hasattr(task, "least_batch") else 1
     if (size := sections.train.batch_size) < least:
         raise DataError(
             f"train.batch_size: got {size}, {task.NAME} needs at least {least} for these examples"
         )
-    options = task.settled(options, examples) if hasattr(task, "settled") else options
-    dev_examples = task.examples_of(dev_records, options)
+    check_documents(task, options, examples, dev_examples)
     if dev:
         check_known(task, examples, dev_examples)
-        return TaskData(examples, dev_examples, options, None, counts)
-    # labels that only held-out examples have go back to training
-    labels = set(task.labels_in(examples) or ())
-    fits = [set(task.labels_in([example]) or ()) <= labels for example in dev_examples]
-    needed = [example for example, fit in zip(dev_examples, fits) if not fit]
-    dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
-    if not dev_examples:
-        raise DataError("data: has too few examples of each label to hold some out, needs --dev")
-    return TaskData([*examples, *needed], dev_examples, options, len(dev_examples), counts)
+    return TaskData(examples, dev_examples, options, None if dev else len(dev_examples), cleaner.counts)
+
+
+def cleaner_of(task: ModuleType, sections: Sections) -> Cleaner:
+    """The cleaning of a task's records."""
+    editable = getattr(task, "EDITABLE", True)
+    return Cleaner(sections.clean, texts_in(task), compared=compared_in(task), editable=editable)
+
+
+def least_documents(task: ModuleType, options: Any) -> int:
+    """The fewest documents that the training set and the dev set must have."""
+    return int(task.least_documents(options)) if hasattr(task, "least_documents") else 1
+
+
+def check_documents(task: ModuleType, options: Any, train: Sequence[Any], dev: Sequence[Any]) -> None:
+    """Refuse sets with fewer documents than the task needs; the message names the set."""
+    least = least_documents(task, options)
+    for name, examples in (("--train", train), ("--dev", dev)):
+        if len(examples) < least:
+            some = f"{len(examples)} document{'s' * (len(examples) != 1)}"
+            raise DataError(f"{name}: holds {some}, next_sentence needs at least {least}")
+
+
+def texts_in(task: ModuleType) -> tuple[str, ...]:
+    """The fields that hold a task's texts."""
+    return tuple(getattr(task, "TEXTS", (*task.FIELDS, *task.OPTIONAL)))
+
+
+def compared_in(task: ModuleType) -> tuple[str, ...]:
+    """The fields that a task's examples are made of: what else a record has, as its id, makes no other example."""
+    read = (*texts_in(task), *task.FIELDS, *task.OPTIONAL, *task.LABELS, *getattr(task, "EXTRA", ()))
+    return tuple(name for name in dict.fromkeys(read) if name not in getattr(task, "NAMES", ()))
+
+
+def key_of(task: ModuleType) -> Callable[[Record], str]:
+    """What records that must not be apart have in common: the texts that a model is given, whatever their labels."""
+    if hasattr(task, "group_of"):
+        group: Callable[[Record], str] = task.group_of
+        return group
+    return lambda record: contents(record, getattr(task, "INPUTS", (*task.FIELDS, *task.OPTIONAL)))
 
 
 def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
@@ -97,14 +143,16 @@ def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
 
 
 def _divided(
-    task: ModuleType, records: list[Record], fraction: float, seed: int
+    task: ModuleType, records: list[Record], sections: Sections
 ) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records: a share of a language model's text, and of the number of other examples."""
+    fraction, seed = sections.data.dev_fraction, sections.train.seed
     if (*task.FIELDS, *task.LABELS) != ("text",):
-        return split_records(records, fraction, seed=seed, key=getattr(task, "group_of", None))
-    ranks = [rank_of(record, seed=seed) for record in records]
+        return split_records(records, fraction, seed=seed, key=key_of(task))
+    ranks = [rank_of(record, seed=seed, key=key_of(task)) for record in records]
     lengths = [len(_text(record)) for record in records]
-    train, dev = split_texts(lambda: records, ranks, lengths, fraction)
+    least = least_documents(task, sections.task)
+    train, dev = split_texts(lambda: records, ranks, lengths, fraction, least)
     return list(train), list(dev)
 
 
@@ -132,23 +180,29 @@ def texts_of(example: Any) -> list[str]:
 
 
 def split_texts(
-    read: Callable[[], Iterable[Record]], ranks: Sequence[bytes], lengths: Sequence[int], fraction: float
+    read: Callable[[], Iterable[Record]],
+    ranks: Sequence[bytes],
+    lengths: Sequence[int],
+    fraction: float,
+    least: int = 1,
 ) -> tuple[Iterator[Record], Iterator[Record]]:
     """(training, held-out) documents, in their order, of which about `fraction` of all characters is held out.
 
     The choice by the number of documents stands where it holds out half to twice of that. Otherwise documents are held
     out in the order of their ranks while they fit, and where these are less than half, the end of the first that does
     not fit, as `split_document` finds it. Equal documents stay together: several that do not fit are passed over. The
-    choice by number also stands where that document cannot be split, or nothing fits.
+    choice by number also stands where that document cannot be split, or nothing fits. Where this holds out fewer than
+    `least` documents, those of the lowest ranks are held out whole.
 
     Args:
         read: gives the documents, each time from the first one on.
         ranks, lengths: of each document, by `rank_of` and in characters.
         fraction: within (0, 1).
+        least: the fewest documents of either part.
 
     Raises:
-        DataError: the only document cannot be split, or all are equal; from an iterator, `read` gave another number of
-            documents than before.
+        DataError: the only document cannot be split, all are equal, or there are too few for `least` in both parts;
+            from an iterator, `read` gave another number of documents than before.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     total = int(sizes.sum())
@@ -170,6 +224,12 @@ def split_texts(
             held = fitting
         elif refused is not None:
             raise refused
+    if held.sum() + (parts is not None) < least:
+        parts, held = None, _lowest(ranks, least)
+    if len(held) - held.sum() < least:
+        raise DataError(
+            f"data: has too few documents for {least} in training and {least} held out, needs --dev"
+        )
 
     def part(dev: bool) -> Iterator[Record]:
         number = -1
@@ -182,6 +242,13 @@ def split_texts(
             raise DataError(f"data: {len(held)} examples had become {number + 1} when read again")
 
     return part(False), part(True)
+
+
+def _lowest(ranks: Sequence[bytes], count: int) -> npt.NDArray[np.bool_]:
+    """The documents of the lowest ranks, at least `count`; equal ones together."""
+    group_of, sizes = groups_of(ranks)
+    taken: npt.NDArray[np.bool_] = np.cumsum(sizes) - sizes < count
+    return taken[group_of]
 
 
 def _fitting(

@@ -46,7 +46,6 @@ TEXTS = [row["text"] for row in DIRTY]
 def test_nothing_happens_unless_asked_for() -> None:
     kept, counts = clean(records(), CleaningConfig(), ["text"])
     assert (kept, counts) == (records(), {})
-    assert not CleaningConfig().on
 
 
 @pytest.mark.parametrize(
@@ -90,6 +89,15 @@ def test_runs_are_of_words_or_of_characters() -> None:
     assert shingles("one two three four five six") == {"one two three four five", "two three four five six"}
     assert len(shingles("我们明天去北京看朋友")) == 6
     assert shingles("") == {""}
+    assert shingles("!!! !") == {"! ! ! !"}
+
+
+def test_texts_without_words_are_compared_by_their_characters() -> None:
+    pytest.importorskip("datasketch")
+    texts = ["\U0001f600\U0001f600", "\U0001f44d", "!!!", "\ud800", "!!!"]
+    given = records([{"text": text} for text in texts])
+    kept, counts = clean(given, CleaningConfig(near_duplicates=0.8), ["text"])
+    assert ([record.fields["text"] for record in kept], counts) == (texts[:4], {"near_duplicates": 1})
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,27 @@ def test_runs_are_of_words_or_of_characters() -> None:
         ("1,234,567,890 dollars", None),
         ("version 1.2.3, 10 of 20", None),
         ("id a0301234567", None),
+        ("log 2024-01-15 10:30:00", None),
+        ("log 2024-01-15T10:30:00, 15.01.2024 10:30 and 2024-01-15 1030", None),
+        ("from 2024-05-17 2024-05-18", None),
+        ("built 1914-1918 in", None),
+        ("in 1914 1918 1939", None),
+        ("open 10.30-12.45", None),
+        ("at 192.168.100.100 or 192.168.100.100:8080", None),
+        ("12.345.678 people", None),
+        ("1 000 000 000 euro", None),
+        ("100 000 000 euro", None),
+        ("1.234.567,89 euro", None),
+        ("ISBN 978-3-16-148410-0", None),
+        ("978-3-16-148410-0", None),
+        ("isbn: 0-306-40615-2", None),
+        ("tel:030 1234567", "tel:[PHONE]"),
+        ("612 345 678", "[PHONE]"),
+        ("01.23.45.67.89", "[PHONE]"),
+        ("044.668.18.00", "[PHONE]"),
+        ("1-800-555-1234", "[PHONE]"),
+        ("978-316-1484", "[PHONE]"),
+        ("+1 555 123 4567", "[PHONE]"),
     ],
 )
 def test_phone_numbers_are_told_from_other_numbers(text: str, expected: str | None) -> None:

@@ -82,6 +82,30 @@ def test_cells_of_csv_may_hold_lines_and_commas(tmp_path: Path) -> None:
     assert read_records(written(tmp_path, "x.tsv", "a\tb\n1\t2\n"))[0].fields == {"a": "1", "b": "2"}
 
 
+def test_quotes_of_tsv_are_part_of_its_values(tmp_path: Path) -> None:
+    content = 'text\tlabel\n"Foo starts\tpos\nend of bar"\tneg\n"Alien" is great\tpos\n5" of rain\tneg\n'
+    path = written(tmp_path, "a.tsv", content)
+    assert [record.where for record in read_records(path)] == [f"{path}: line {n}" for n in range(2, 6)]
+    assert [record.fields["text"] for record in read_records(path)] == [
+        '"Foo starts',
+        'end of bar"',
+        '"Alien" is great',
+        '5" of rain',
+    ]
+    path = written(tmp_path, "b.tsv", 'text\tlabel\n"a\tb"\tpos\n')
+    with pytest.raises(
+        DataError, match=r"line 2 has 3 values, needs 2 .* a tab or line end always ends a value"
+    ):
+        read_records(path)
+
+
+def test_a_document_of_conll_ends_a_sentence(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "a.conll", "-DOCSTART- O\nanna B-PER\n-DOCSTART- O\nmaria B-PER\n\n-DOCSTART- O\n\nx O\n"
+    )
+    assert [record.fields["tokens"] for record in read_records(path)] == [["anna"], ["maria"], ["x"]]
+
+
 def test_sentences_of_conll_end_at_blank_lines(tmp_path: Path) -> None:
     path = written(
         tmp_path, "x.conll", "-DOCSTART- -X- O O\n\nAnna NNP B-NP B-PER\nlives VBZ B-VP O\n\n\nx y z O\n"

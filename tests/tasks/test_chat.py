@@ -172,3 +172,18 @@ def test_bad_conversations_are_named(tokenizer: Tokenizer) -> None:
         chat_data(tokenizer, model, "{{ raise_exception('no system role') }}", chat.Options())
     with pytest.raises(DataError, match="changes the text before it"):
         chat_data(tokenizer, model, "{{ messages | length }}{{ messages[-1]['content'] }}", chat.Options())
+
+
+def test_a_sample_answers_a_message(tokenizer: Tokenizer) -> None:
+    """Conversations that the assistant begins are shown from its next answer on, or another one is."""
+    begins = [{"role": "assistant", "content": "Welcome"}]
+    model = model_of(tokenizer)
+
+    def shown(*chats: list[dict[str, str]]) -> str:
+        examples = chat.examples_of(records(*({"messages": each} for each in chats)), chat.Options())
+        return chat.sample(model, tokenizer, examples, chat.Options())
+
+    assert shown(CHATS[0]).startswith("Hi -> ")
+    assert shown([*begins, *CHATS[0]]).startswith("Hi -> ")
+    assert shown(begins, CHATS[0]) == shown(CHATS[0])
+    assert shown(begins).startswith("no sample: ")

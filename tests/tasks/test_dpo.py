@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,15 @@ from generative_cases import (
     model_of,
     records,
 )
+from tokenizers import processors
 
+from fastattn.data.chat import DEFAULT_TEMPLATE
 from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 from fastattn.models import GPTConfig
 from fastattn.tasks import dpo
+from fastattn.train.progress import NoDisplay
+from fastattn.train.run import Inputs, train
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +151,40 @@ def test_answers_without_a_prompt_that_share_no_beginning_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=said):
         dpo.examples_of(records({"chosen": chosen, "rejected": rejected}), dpo.Options())
+
+
+def test_a_truncated_prompt_keeps_its_bos(tokenizer: Tokenizer) -> None:
+    """The BOS that a tokenizer or a template writes; what is cut stands behind it."""
+    model, text = model_of(tokenizer), "one two three four five six seven"
+    bos = tokenizer.eos_token
+    plain = make_tokenizer()
+    (example,) = dpo.examples_of(records({"prompt": text, "chosen": "yes", "rejected": "no"}), dpo.Options())
+    model.config = dataclasses.replace(model.config, bos_token_id=tokenizer.eos_id)
+    plain.chat_template = "{{ eos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    front = make_tokenizer()
+    front.core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_id)]
+    )
+    for each in (plain, front):
+        (whole,), cut, _ = dpo.pairs_of(model, each, [example], 64)
+        assert (whole.chosen[0], cut) == (tokenizer.eos_id, 0)
+        (pair,), cut, _ = dpo.pairs_of(model, each, [example], len(whole.chosen) - 3)
+        first = whole.prompts[0] - 3
+        assert pair.chosen == [whole.chosen[0], *whole.chosen[4:]]
+        assert pair.prompts[0] == first
+        (pair,), _, _ = dpo.pairs_of(model, each, [example], 4)
+        assert pair.chosen[0] == tokenizer.eos_id
+        assert len(pair.chosen) == 4
+
+
+def test_the_template_of_prompts_in_messages_is_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The model has learnt the default template, so its folder must have it."""
+    folder, data, out = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "out"
+    model_of(tokenizer).save_pretrained(folder, tokenizer=make_tokenizer())
+    rows = [{**pair, "prompt": [{"role": "user", "content": pair["prompt"]}]} for pair in PAIRS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--task.max_length=32", "--train.max_steps=1", "--train.batch_size=2", "--train.device=cpu")
+    train(
+        Inputs("dpo", (str(data),), (str(data),), str(folder), str(out), overrides=words), display=NoDisplay()
+    )
+    assert Tokenizer.from_pretrained(out).chat_template == DEFAULT_TEMPLATE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,9 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data import DataError
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
+from fastattn.evaluation import baselines
 from fastattn.tasks import classify, embed, masked_lm, qa, tag
+from fastattn.tasks.passages import SENTENCES
 from fastattn.train.metrics import count_targets
 
 TASKS: dict[str, ModuleType] = {
@@ -127,6 +130,17 @@ def test_equal_positives_are_no_negatives(encoder: Path) -> None:
     assert model(**plain(batch)).loss.item() < scores.item()
 
 
+def test_pairs_of_texts_need_room_for_both(encoder: Path) -> None:
+    given = [{**row, "text_pair": "a film"} for row in rows("classify")[:6]]
+    _, data = made("classify", encoder, given, max_length=5)
+    assert {len(data[i][0]) for i in range(len(data))} == {5}
+    assert len(made("classify", encoder, rows("classify")[:6], max_length=3)[1][0][0]) == 3
+    with pytest.raises(
+        DataError, match=r"task.max_length: got 4, of which 3 are special tokens: a token of each"
+    ):
+        made("classify", encoder, given, max_length=4)
+
+
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "classify": ("ForSequenceClassification", {"num_labels": 2, "id2label": {0: "bad!", 1: "good!"}}),
     "several": (
@@ -220,6 +234,37 @@ def test_tags_that_are_no_entities_are_classes(encoder: Path) -> None:
     assert 0.0 <= tag.evaluate(model.float(), tokenizer(), examples).metrics["accuracy"] <= 1.0
 
 
+def test_entities_of_iob1_begin_with_b() -> None:
+    """An I- that continues nothing begins an entity; tags in IOB2 stay as they are."""
+    given = [
+        ("I-PER O O I-LOC", "B-PER O O B-LOC"),
+        ("I-PER I-PER B-PER I-LOC O I-LOC I-LOC", "B-PER I-PER B-PER B-LOC O B-LOC I-LOC"),
+        ("B-PER I-PER O B-LOC B-LOC I-LOC", "B-PER I-PER O B-LOC B-LOC I-LOC"),
+    ]
+    examples = tag.examples_of(
+        records([{"tokens": tags.split(), "tags": tags.split()} for tags, _ in given]), tag.Options()
+    )
+    assert [" ".join(example.tags) for example in examples] == [tags for _, tags in given]
+
+
+def test_equally_near_positives_share_their_ranks(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors that are all the same, or not finite, find nothing; one of two equal ones is right half the time."""
+    given = [{"text": f"anna {i}", "positive": f"maria {i}"} for i in range(4)]
+    examples = embed.examples_of(records(given), embed.Options())
+    axes = torch.eye(4)
+
+    def metrics(vector: Callable[[int], Tensor]) -> dict[str, float]:
+        vectors = [vector(i // 2) for i in range(8)]  # of text and positive in turn
+        monkeypatch.setattr(embed, "run", lambda *_: vectors)
+        model, _ = made("embed", encoder, rows("embed"))
+        return embed.evaluate(model, tokenizer(), examples).metrics
+
+    assert metrics(lambda i: axes[i]) == {"accuracy": 1.0, "mrr": 1.0}
+    assert metrics(lambda i: axes[0] * (i + 1)) == {"accuracy": 0.25, "mrr": 0.4}
+    assert metrics(lambda i: axes[0] * torch.nan) == {"accuracy": 0.25, "mrr": 0.4}
+    assert metrics(lambda i: axes[i // 2]) == {"accuracy": 0.5, "mrr": 2 / 3}
+
+
 def test_answers_stand_where_their_labels_say(encoder: Path) -> None:
     """In every window that has a label, its tokens are the answer; every answer is in a window."""
     words = ("the", "old", "tower", "river", "berlin", "works", ",", "newer")
@@ -247,6 +292,18 @@ def test_answers_stand_where_their_labels_say(encoder: Path) -> None:
             assert example.context[row.offsets[first][0] : row.offsets[last][1]] == example.answers[0][0]
     data = qa.training_set(model, tokenizer(), examples, settings)
     assert len(data) == sum(map(len, windows))
+
+
+def test_a_long_question_changes_the_windows_of_no_other(encoder: Path) -> None:
+    context = "the old tower , " * 12
+    given = [{"question": "who?", "context": context, "answers": [{"text": "old"}]}]
+    given.append({"question": "who? " * 8, "context": context, "answers": [{"text": "old"}]})
+    settings = qa.Options(max_length=30, stride=10)
+    examples = qa.examples_of(records(given), settings)
+    model = qa.new_model(encoder, examples, settings, tokenizer())
+    first, second = qa.windows_of(model, tokenizer(), examples, settings)
+    assert first == qa.windows_of(model, tokenizer(), examples[:1], settings)[0]
+    assert len(second) > len(first)
 
 
 def passages(given: list[str], **options: Any) -> tuple[Any, masked_lm.Passages]:
@@ -317,6 +374,32 @@ def test_no_token_of_a_document_is_lost() -> None:
     assert max(len(data[i].ids) for i in range(len(data))) == 16
 
 
+@pytest.mark.parametrize("end", [" ", ". ", " \u0964 ", "\u061f "])
+def test_no_token_of_a_document_is_lost_in_pairs(end: str) -> None:
+    """Also of text without marks, or with those of other scripts than ASCII's: first passages and what follows them."""
+    words = [w for w in task_cases.WORDS if w.isalpha()]
+    documents = [end.join(" ".join(words[i % 7 :][:5]) for i in range(n)) for n in (40, 9, 1, 30)]
+    _, data = passages(documents, max_length=32, next_sentence=True)
+    found: list[int] = []
+    for item in (data[i] for i in range(len(data))):
+        middle = item.ids.index(3)
+        found += item.ids[1:middle] + (item.ids[middle + 1 : -1] if item.follows == 0 else [])
+        assert len(item.ids) <= 32
+    joined = [task_cases.core().encode(text, add_special_tokens=False).ids for text in documents]
+    assert found == [token for ids in joined for token in ids]
+
+
+def test_sentences_end_at_the_marks_of_their_script() -> None:
+    for text, parts in {
+        "a. b? c 3.5! d": ["a.", "b?", "c 3.5!", "d"],
+        "\u0905\u0964\u0905 \u0964 \u0905": ["\u0905\u0964", "\u0905 \u0964", "\u0905"],
+        "\u4f60\u3002\u6211\uff01": ["\u4f60\u3002", "\u6211\uff01"],
+        "\u0645\u061f \u0645": ["\u0645\u061f", "\u0645"],
+    }.items():
+        assert [part for part in SENTENCES.split(text) if part] == parts
+        assert baselines.lead(text) == parts[0]
+
+
 def test_second_passages_follow_or_come_from_elsewhere() -> None:
     """Half follow: those are the next tokens of their document; all sides have tokens and fit."""
     words = [w for w in task_cases.WORDS if w.isalpha()]
@@ -335,12 +418,12 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
         assert first
         assert second
         assert item.types == [0] * (middle + 1) + [1] * (len(second) + 1)
-        if item.follows == 0 and len(item.ids) < 32:  # nothing was cut
+        if item.follows == 0:
             both = " ".join(map(str, first + second)) + " "
             assert any(both in " ".join(map(str, ids)) + " " for ids in joined)
     batch = data.collate([data[0], data[1]])
     assert batch["next_sentence_label"].tolist() == [data[0].follows, data[1].follows]
-    with pytest.raises(DataError, match="holds 1 document, next_sentence needs at least two"):
+    with pytest.raises(DataError, match="holds 1 document with a token, next_sentence needs at least two"):
         passages(["anna. maria."], next_sentence=True)
 
 
@@ -350,6 +433,7 @@ def test_second_passages_follow_or_come_from_elsewhere() -> None:
         ("classify", {"text": "a"}, "has no 'label', it has 'text'"),
         ("classify", {"text": 3, "label": "a"}, "text is a int, needs a text"),
         ("classify", {"text": "a", "label": None}, "label is None, needs a name or an integer"),
+        ("classify", {"text": "a", "label": "\ud800"}, "label has characters that are not valid Unicode"),
         ("classify", {"text": "a", "label": ["a"]}, "label is 'bad!', needs a list of labels as others have"),
         ("classify", {"text": "a", "label": 0.5}, "label is 'bad!', needs a finite number"),
         ("tag", {"tokens": ["a"], "tags": ["O", "O"]}, "has 1 tokens and 2 tags, needs one for each"),
@@ -402,7 +486,9 @@ def test_labels_are_of_one_kind() -> None:
     assert classify.kind_of(examples(1, 0.5)) == classify.REGRESSION
     assert classify.kind_of(examples("1", "2.5", kind="regression")) == classify.REGRESSION
     assert classify.labels_in(examples(1, 0.5)) is None
-    settled = classify.settled(classify.Options(), examples(1, 0.5))
+    assert classify.kind_of(examples([1, 0.5], [1, 2])) == classify.REGRESSION
+    given = records([{"text": "a", "label": label} for label in (1, 0.5)])
+    settled = classify.settled(classify.Options(), given)
     assert (
         classify.kind_of(classify.examples_of(records([{"text": "a", "label": 1}]), settled))
         == classify.REGRESSION

@@ -25,7 +25,7 @@ DECODER = ("--model", "nano", "--model.n_embd=16", "--model.n_layer=1", "--model
 DECODER = (*DECODER, "--data.vocab_size=300", "--task.max_length=16", "--model.n_positions=32")
 ENCODER = ("--task.max_length=12",)
 LEARNT = ("--model", "minilm-l6", "--model.hidden_size=16", "--model.num_hidden_layers=1")
-LEARNT = (*LEARNT, "--model.num_attention_heads=2", "--data.vocab_size=40", "--task.max_length=12")
+LEARNT = (*LEARNT, "--model.num_attention_heads=2", "--data.vocab_size=80", "--task.max_length=12")
 STEPS = ("--train.max_steps=3", "--train.batch_size=4", "--train.device=cpu", "--train.eval_every=2")
 MEASURED = {"out", "seconds", "tokens_per_second", "peak_memory", "stopped", "wall_seconds", "mfu"}
 LONG = "Anna lives in Paris. The old tower is good! Maria works for Acmes."
@@ -114,6 +114,19 @@ def test_other_data_options_or_tokens_make_other_files(tmp_path: Path, texts: Pa
     assert folders("clean", "--clean.min_chars=40")["documents"] == 2
     os.utime(texts, ns=(1, 1))
     assert folders("changed")["documents"] == 3
+
+
+def test_passages_of_another_model_are_of_its_length(tmp_path: Path, texts: Path) -> None:
+    """With the same files, tokenizer and options, the limit of passages is still the model's."""
+    cache = f"--data.cache={tmp_path / 'cache'}"
+    sizes = [word for word in LEARNT if not word.startswith("--task")]
+    for positions in (64, 16, 64):
+        out = tmp_path / str(positions)
+        words = ("--train", texts, *sizes, *STEPS, cache, f"--model.max_position_embeddings={positions}")
+        code, _, err = invoke("train", "masked-lm", *words, "--train.overwrite=true", "--out", out)
+        assert code == 0, err
+    kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert sorted(kinds) == ["documents", "tokenizer", "tokens", "tokens"]
 
 
 def test_a_run_that_goes_on_reads_its_files_again(tmp_path: Path, texts: Path) -> None:

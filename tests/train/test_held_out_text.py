@@ -148,7 +148,7 @@ def test_one_document_gives_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("documents", [["word"], [document("anna", 9)] * 3])
 def test_what_cannot_be_divided_is_refused(tmp_path: Path, task: str, documents: list[str]) -> None:
-    with pytest.raises(DataError, match="fewer than two different examples, so none can be held out"):
+    with pytest.raises(DataError, match="fewer than two different examples, by their texts"):
         divided(task, file_of(tmp_path / "x.jsonl", documents), 0.1)
 
 
@@ -263,3 +263,28 @@ def test_documents_that_change_between_two_readings_are_refused() -> None:
         train, _ = split_texts(lambda: records[:2], ranks, [40, 40, 40], fraction)
         with pytest.raises(DataError, match="3 examples had become 2 when read again"):
             list(train)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_pairs_of_passages_need_two_documents_in_each_part(tmp_path: Path, stored: bool) -> None:
+    module = work.task_named("masked-lm")
+
+    def parts(count: int, dev: list[str] | None = None) -> list[int]:
+        train = file_of(tmp_path / f"{count}.jsonl", [f"a {number}. b c" for number in range(count)])
+        paths = [] if dev is None else [str(file_of(tmp_path / "dev.jsonl", dev))]
+        sections = sections_of("masked-lm", tmp_path, "--task.next_sentence=true")
+        if stored:
+            data = Corpus(module, [str(train)], paths, sections).read()
+        else:
+            data = read_data(module, [str(train)], paths, sections)
+        return [len(data.train), len(data.dev)]
+
+    assert parts(9) == [7, 2]
+    assert parts(4) == [2, 2]
+    assert parts(30) == [27, 3]
+    with pytest.raises(DataError, match=r"data: has too few documents for 2 in training and 2 held out"):
+        parts(3)
+    with pytest.raises(DataError, match=r"--dev: holds 1 document, next_sentence needs at least 2"):
+        parts(9, ["a. b"])
+    with pytest.raises(DataError, match=r"--train: holds 1 document, next_sentence needs at least 2"):
+        parts(1, ["a. b", "c"])

@@ -266,12 +266,15 @@ def test_what_was_cleaned_is_counted(encoder: Path, tmp_path: Path) -> None:
     data, dev = write(tmp_path / "train.jsonl", dirty), write(tmp_path / "dev.jsonl", dirty[:6])
     words = ("train", "embed", "--train", data, "--dev", dev, "--model", encoder, "--out", tmp_path / "out")
     words = (*words, *QUICK, "--train.max_steps=1", "--clean.exact_duplicates=true", "--clean.min_chars=3")
+    words = (*words, "--task.max_length=3")
     code, text, err = invoke(*words)
     assert code == 0, err
     assert "clean.exact_duplicates: 1 examples" in text
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["cleaning"] == {"min_chars": 1, "exact_duplicates": 1}
     assert report["train"]["examples"] == len(dirty) - 2
+    assert report["cut_texts"] > report["dev"]["cut_texts"] > 0
+    assert f"{report['dev']['cut_texts']} dev texts are longer than the model's limit" in text
 
 
 @pytest.mark.parametrize("task", ENCODER_TASKS)
@@ -415,7 +418,7 @@ BAD: list[tuple[str, list[str], str]] = [  # task, words, complaint
     ("embed", ["--train.batch_size=1"], "train.batch_size: got 1, embed needs at least 2 for these examples"),
     ("causal-lm", [], "holds a Bert, causal-lm needs a decoder"),
     ("seq2seq", ["--task.bleu_tokenizer=zhh"], "bleu_tokenizer: got 'zhh', needs one of "),
-    ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "holds 1 document, next_sentence"),
+    ("masked-lm", ["--task.next_sentence=true", "--train={one}", "--dev={one}"], "--train: holds 1 document, "),
     ("classify", ["--dev={unknown}"], "unknown.jsonl: line 1: label 'other' is in no training example"),
     ("classify", ["--train=/nowhere.jsonl"], "/nowhere.jsonl: no such file"),
     ("classify", ["--train={latin}"], "latin.jsonl: line 1 is not UTF-8"),
@@ -554,6 +557,14 @@ def test_the_same_text_gives_the_same_wordpiece() -> None:
     learnt = [train_input_tokenizer("wordpiece", iter(texts), 120).core.to_str() for _ in range(4)]
     assert len(set(learnt)) == 1
     assert "##" not in json.dumps(json.loads(learnt[0])["added_tokens"])
+
+
+@pytest.mark.parametrize(("kind", "least"), [("wordpiece", 5 + 6 + 4), ("bpe", 5 + 256)])
+def test_a_vocabulary_that_is_too_small_is_refused(kind: str, least: int) -> None:
+    """No tokenizer has more tokens than were asked for, and a size that all characters take is enough."""
+    assert train_input_tokenizer(kind, ["abcd ef"], least).core.get_vocab_size() <= least
+    with pytest.raises(ValueError, match=rf"vocab_size: got {least - 1}, needs at least {least} for special"):
+        train_input_tokenizer(kind, ["abcd ef"], least - 1)
 
 
 def test_overwrite_does_not_delete_the_model_it_starts_from(encoder: Path, tmp_path: Path) -> None:
