@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders that also learn from a teacher's logits, for the tasks with a label for each token or text."""
+"""Models that also learn from a teacher's logits, for the tasks with labels of tokens or texts."""
 
 from __future__ import annotations
 
