@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import GenerationError
+from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.models.paged import PagedDecoder, Part
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
@@ -123,7 +124,9 @@ class Batch:
         while self.waiting and len(self.running) < self.max_batch:
             each = self.waiting[0]
             found = self._shared_pages(each)
-            needed = each.wanted // self.page_size + 1 - len(found)
+            # with a place for the next token, except behind a prompt that leaves none
+            held = min(each.wanted + 1, self.decoder.max_length)
+            needed = cdiv(held, self.page_size) - len(found)
             unheld = sum(not self.pool.holders[page] for page in found)
             if self.pool.available - unheld < needed:
                 return
