@@ -183,7 +183,8 @@ class GPTDecoder:
         """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
         self.lengths.fill_(ids.shape[1])
-        return self._logits(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
+        hidden = self._read(ids, slice(0, ids.shape[0]), self._positions_of(ids))
+        return self._logits(hidden).unflatten(0, tuple(ids.shape))
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions, of any shape that goes together, (..., E)."""
@@ -214,9 +215,11 @@ class GPTDecoder:
         count, seqlen = ids.shape
         rows = slice(first_row, first_row + count)
         last = None
+        positions = self._positions_of(ids)
         for start in range(0, seqlen, size):
-            part = ids[:, start : start + size]
-            x = self._read(part, rows, start).unflatten(0, tuple(part.shape))
+            held = slice(start, start + size)
+            part = ids[:, held]
+            x = self._read(part, rows, positions[..., held], start).unflatten(0, tuple(part.shape))
             if ends is None:
                 last = x[:, -1]
                 continue
@@ -253,10 +256,19 @@ class GPTDecoder:
             )  # fmt: skip
             return out.transpose(0, 1)[None]  # (1, H, T, D)
 
-        x = self._through_blocks(self._embed(ids[rows, places], places), len(rows), attend)
+        positions = self._positions_of(ids).expand_as(ids)[rows, places]
+        x = self._through_blocks(self._embed(ids[rows, places], positions), len(rows), attend)
         return x[ends - 1]
 
-    def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
+    def _positions_of(self, ids: Tensor) -> Tensor:
+        """Positions of prompts' tokens (N, S), (N, S) or (S,). With a position_offset they count no padding token,
+        whichever parts the prompts are read in."""
+        config = self.model.config
+        if config.position_offset:
+            return positions_of_tokens(ids, config.pad_token_id, 0)
+        return torch.arange(ids.shape[1], device=ids.device)
+
+    def _read(self, ids: Tensor, rows: slice, positions: Tensor, start: int = 0) -> Tensor:
         """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
         and values go into the caches."""
         seqlen = ids.shape[1]
@@ -275,9 +287,6 @@ class GPTDecoder:
             values[rows, :, held].copy_(v)
             return attend_prompts(attn, q, k, v)
 
-        config, positions = self.model.config, places
-        if config.position_offset:
-            positions = positions_of_tokens(ids, config.pad_token_id, 0, start)
         return self._through_blocks(self._embed(ids, positions).flatten(0, 1), seqlen, attend, rows)
 
     def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:

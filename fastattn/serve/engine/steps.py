@@ -13,7 +13,7 @@ from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import GenerationError
 from fastattn.integers import cdiv
 from fastattn.models import GPT
-from fastattn.models.paged import PagedDecoder, Part
+from fastattn.models.paged import PagedDecoder
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import (
     Continuation,
@@ -239,10 +239,9 @@ class Batch:
     ) -> tuple[Tensor, Tensor]:
         """The final hidden states of prompts' parts (S of each, E), and logits after the tokens of those that are ready
         and after the prompts that end (N, V)."""
-        parts = []
-        for each, end in reads:
-            ids = torch.tensor(list(each.prompt[each.held : end]), device=self.device)
-            parts.append(Part(ids, each.held, self._table([each]), len(each.prompt)))
+        parts = [
+            self.decoder.part(each.prompt, each.held, end, self._table([each])) for each, end in reads
+        ]
         tokens = torch.tensor([each.made[-1] for each in ready], dtype=torch.int64, device=self.device)
         lengths = torch.tensor([each.held for each in ready], dtype=torch.int32, device=self.device)
         hidden = self.decoder.run(parts, tokens, lengths, self._table(ready))
