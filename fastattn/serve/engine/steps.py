@@ -16,10 +16,10 @@ from fastattn.models import GPT
 from fastattn.models.paged import PagedDecoder
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import (
+    UNLOGGED,
     Continuation,
     DeadlineError,
     Output,
-    Overloaded,
     Request,
     TokenScore,
     scores_of,
@@ -96,7 +96,7 @@ class Batch:
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
-        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+        if not isinstance(error, UNLOGGED):
             log.error("request %d failed", request.number, exc_info=error)
         if self._leave(request):
             request.tell(Output(error=error))
@@ -239,9 +239,7 @@ class Batch:
     ) -> tuple[Tensor, Tensor]:
         """The final hidden states of prompts' parts (S of each, E), and logits after the tokens of those that are ready
         and after the prompts that end (N, V)."""
-        parts = [
-            self.decoder.part(each.prompt, each.held, end, self._table([each])) for each, end in reads
-        ]
+        parts = [self.decoder.part(each.prompt, each.held, end, self._table([each])) for each, end in reads]
         tokens = torch.tensor([each.made[-1] for each in ready], dtype=torch.int64, device=self.device)
         lengths = torch.tensor([each.held for each in ready], dtype=torch.int32, device=self.device)
         hidden = self.decoder.run(parts, tokens, lengths, self._table(ready))
