@@ -80,8 +80,8 @@ def generate(
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
-            in one step, 0 = none. Guessing stops where it does not pay, which is timed in the run. The result is the same as
-            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
+            in one step, 0 = none. Guessing stops where it does not pay, which is timed in the run. The result is the
+            same as without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
+from fastattn.models.decoder_inputs import count_positions
 from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import PreNormBlock
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
-from fastattn.nn.positions import RotaryTable, apply_rotary, positions_of_tokens, sinusoids
+from fastattn.nn.positions import RotaryTable, apply_rotary, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import whole_blocks
@@ -217,9 +218,8 @@ class GPTDecoder:
         last = None
         positions = self._positions_of(ids)
         for start in range(0, seqlen, size):
-            held = slice(start, start + size)
-            part = ids[:, held]
-            x = self._read(part, rows, positions[..., held], start).unflatten(0, tuple(part.shape))
+            part, places = (each[..., start : start + size] for each in (ids, positions))
+            x = self._read(part, rows, places, start).unflatten(0, tuple(part.shape))
             if ends is None:
                 last = x[:, -1]
                 continue
@@ -261,12 +261,8 @@ class GPTDecoder:
         return x[ends - 1]
 
     def _positions_of(self, ids: Tensor) -> Tensor:
-        """Positions of prompts' tokens (N, S), (N, S) or (S,). With a position_offset they count no padding token,
-        whichever parts the prompts are read in."""
-        config = self.model.config
-        if config.position_offset:
-            return positions_of_tokens(ids, config.pad_token_id, 0)
-        return torch.arange(ids.shape[1], device=ids.device)
+        """Positions of whole prompts' tokens (N, S) before the offset, (N, S) or (S,), whichever parts are read."""
+        return count_positions(ids, None, None, 0, self.model.config) - self.model.config.position_offset
 
     def _read(self, ids: Tensor, rows: slice, positions: Tensor, start: int = 0) -> Tensor:
         """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys

@@ -37,7 +37,7 @@ def _each(check: Any, needs: str) -> AfterValidator:
 
     def every(values: dict[str, Any]) -> dict[str, Any]:
         if not all(check(value) for value in values.values()):
-            raise PydanticCustomError("value", f"needs {needs}")  # type: ignore[arg-type]
+            raise PydanticCustomError("value", f"needs {needs}")
         return values
 
     return AfterValidator(every)

@@ -13,7 +13,7 @@ from small_models import KINDS, VOCAB
 from fastattn.models import GPT
 from fastattn.models.paged import LARGE_BLOCKS
 from fastattn.serve.engine import Engine, Output
-from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
+from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded, scores_of
 from numerics import assert_within_rule
 
 
@@ -319,6 +319,12 @@ def test_a_full_batch_has_the_bits_of_each_request_alone() -> None:
         assert [ours.tokens()] == ours.alone(model)
         together, single = ([s for out in each.outputs for s in out.scores] for each in (ours, theirs))
         assert together == single
+
+
+def test_scores_of_tokens_that_a_model_rules_out_are_numbers_of_json() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 0.0]])
+    (score,) = scores_of(logits, [1], 3)
+    assert (score.logprob, score.top[-1]) == (-9999.0, (1, -9999.0))
 
 
 def test_penalties_and_biases() -> None:

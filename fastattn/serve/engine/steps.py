@@ -281,10 +281,7 @@ class Batch:
         for other in family if each.index == 0 else [each]:
             self._accept(other, other.choose(logits), logits)
         for other in self.running[self.max_batch :]:  # beyond the batch; they wait, with their first token
-            self._release(other)
-            self.waiting.append(other)
-        self.running = self.running[: self.max_batch]
-        self.waiting.sort(key=lambda other: other.order)
+            self._wait(other)
 
     def _chosen(self, those: Sequence[Continuation], logits: Tensor) -> None:
         """The last token of each is in the cache; choose the next by the logits (N, V)."""
@@ -360,6 +357,11 @@ class Batch:
                     return None
 
     def _preempt(self, each: Continuation) -> None:
+        """A continuation makes room for others."""
+        self._wait(each)
+        self.preemptions += 1
+
+    def _wait(self, each: Continuation) -> None:
         """A continuation gives its pages back and waits; what they held is computed again later, with the same bits."""
         self._release(each)
         if not each.made:
@@ -367,7 +369,6 @@ class Batch:
         self.running.remove(each)
         self.waiting.append(each)
         self.waiting.sort(key=lambda other: other.order)
-        self.preemptions += 1
 
     def _release(self, each: Continuation) -> None:
         for page in reversed(each.pages):  # the beginning of a prompt is kept longest
