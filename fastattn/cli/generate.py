@@ -34,7 +34,7 @@ def generate(
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_INT32, help="Keep the k likeliest tokens.")
+        int | None, typer.Option(min=0, max=MAX_INT32, help="Keep the k likeliest tokens; 0: all.")
     ] = None,
     top_p: Annotated[
         float | None,
@@ -56,7 +56,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     prompt_lookup: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Most tokens guessed from earlier text in a step."),
+        typer.Option(min=0, max=1024, help="Most tokens guessed from earlier text in a step; 0: none."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = None,
     target_tokenizer: Annotated[

@@ -36,7 +36,7 @@ class Tokenizer:
     """Text to token ids and back, with named special tokens.
 
     Args:
-        core: the `tokenizers.Tokenizer`.
+        core: the `tokenizers.Tokenizer`; its truncation and padding are switched off.
         eos_token: ends every document; must be in the vocabulary.
         pad_token: fills short rows; None uses the end-of-text token.
         settings: further entries of tokenizer_config.json, kept when it is saved.
@@ -66,6 +66,8 @@ class Tokenizer:
         if pad_token is not None:
             check_text("pad_token", pad_token)
         self.core = core
+        self.core.no_padding()  # what a file keeps of these is of the batches of its training
+        self.core.no_truncation()
         self.eos_token = eos_token
         self.pad_token = eos_token if pad_token is None else pad_token
         self.eos_id = self._id_of("eos_token", eos_token)

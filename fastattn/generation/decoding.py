@@ -62,8 +62,8 @@ def generate(
         attention_mask: (B, S), nonzero = a real token, of which each row has one; None = all are.
         max_new_tokens: most tokens to add, 20 by default; fewer where every row has ended.
         do_sample: draw from the distribution, else take the most likely token.
-        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
-            likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
+        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens, 0 = all; then the fewest of
+            the likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
             They need do_sample.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
         presence_penalty: is subtracted from the logits of tokens in the continuation.
@@ -81,9 +81,9 @@ def generate(
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
-            in one step. Guessing stops where it does not pay, which is timed in the run. The result is the same as
-            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding. Not with
-            num_beams, logits_processor or use_cache=False.
+            in one step, 0 = none. Guessing stops where it does not pay, which is timed in the run. The result is the
+            same as without it: bit by bit with batch_invariant, else unless two logits are closer than rounding. Not
+            with num_beams, logits_processor or use_cache=False.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory. Not with use_cache=False.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.

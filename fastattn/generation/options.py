@@ -21,6 +21,7 @@ HONOURED = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
     "length_penalty", "early_stopping", "num_return_sequences", "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # with these every token can be drawn
 NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # key -> its values without effect
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (None, 0)),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (None, 0)),
@@ -86,7 +87,7 @@ class Options:
             max_new_tokens=NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens),
             do_sample=bool(given.do_sample),
             temperature=1.0 if given.temperature is None else float(given.temperature),
-            top_k=None if given.top_k is None else int(given.top_k),
+            top_k=int(given.top_k) if given.top_k else None,
             top_p=None if given.top_p is None else float(given.top_p),
             min_p=None if given.min_p is None else float(given.min_p),
             repetition_penalty=1.0 if given.repetition_penalty is None else float(given.repetition_penalty),
@@ -115,7 +116,7 @@ class Options:
         beams, sequences = self.num_beams or 1, self.num_return_sequences or 1
         if not self.do_sample:
             shaping = {n: getattr(self, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-            idle = [n for n, v in shaping.items() if v is not None and (n, v) != ("temperature", 1.0)]
+            idle = [n for n, v in shaping.items() if v is not None and v != NEUTRAL[n]]
             if idle:
                 refuse(", ".join(idle), "shapes sampling, needs do_sample=True")
         if self.batch_invariant and not self.use_cache:
@@ -186,8 +187,6 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
                 f"model.generation_config to generate without it"
             )
     named = {name: config[name] for name in HONOURED if config.get(name) is not None}
-    if named.get("top_k") == 0:  # transformers' way to say that all are kept
-        del named["top_k"]
     longest = config.get("max_length")
     if "max_new_tokens" not in named and longest is not None and is_integer(longest):
         named["max_new_tokens"] = max(int(longest) - prompt_len, 0)
@@ -276,7 +275,7 @@ _CHECKS: dict[str, Check] = {
     "max_new_tokens": _whole(0),
     "do_sample": _flag,
     "temperature": _real("a positive finite number; do_sample=False is greedy", lambda x: x > 0),
-    "top_k": _whole(1),
+    "top_k": _whole(0),
     "top_p": _real("0 < top_p <= 1", lambda x: 0 < x <= 1),
     "min_p": _real("0 <= min_p <= 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": _real("a positive finite number", lambda x: x > 0),
@@ -288,7 +287,7 @@ _CHECKS: dict[str, Check] = {
     "stop_strings": _strings,
     "tokenizer": _tokenizer,
     "logits_processor": _processors,
-    "prompt_lookup_num_tokens": _whole(1),
+    "prompt_lookup_num_tokens": _whole(0),
     "prefill_chunk_size": _whole(1),
     "seed": _seed,
     "generator": _generator,

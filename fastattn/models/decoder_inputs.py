@@ -40,7 +40,7 @@ def count_positions(
 ) -> Tensor:
     """Positions (B, S), or (S,) where all rows agree: the number of earlier tokens of the same document.
 
-    With a position_offset they begin there, and padding tokens are at the row before.
+    With a position_offset they begin there, padding tokens are at the row before, and those of input_ids do not count.
     """
     offset, pad = config.position_offset, config.pad_token_id
     if segment_ids is not None:
@@ -51,11 +51,17 @@ def count_positions(
         return positions_of_tokens(input_ids, pad, offset, past)
     else:
         return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-    if not offset:
-        return positions
-    return (
-        positions + offset if pad is None else torch.where(input_ids == pad, offset - 1, positions + offset)
-    )
+    if not offset or pad is None:
+        return positions + offset
+    padding = (input_ids == pad).long()
+    if segment_ids is not None:
+        skipped = padding.cumsum(1)
+        starts = torch.arange(input_ids.shape[1], device=input_ids.device) - positions
+        skipped = skipped - (skipped - padding).gather(1, starts)
+    else:
+        assert attention_mask is not None
+        skipped = (padding * (attention_mask[:, past:] != 0)).cumsum(1)
+    return torch.where(padding != 0, offset - 1, positions - skipped + offset)
 
 
 def next_tokens(

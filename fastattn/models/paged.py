@@ -67,6 +67,7 @@ class Part(NamedTuple):
     start: int  # tokens before them
     table: Tensor  # (1, pages) int32, the sequence's pages up to the end of this part at least
     length: int  # tokens of the whole prompt
+    past: int  # of the tokens before them, those that positions count
 
 
 class PagedDecoder(GPTDecoder):
@@ -161,9 +162,13 @@ class PagedDecoder(GPTDecoder):
 
         return self._through_blocks(self._embed(ids, positions), ids.shape[0], attend)
 
-    def read(self, ids: Tensor, start: int, table: Tensor, length: int) -> Tensor:
-        """Read one part of a prompt, (S,) ids from position `start` on; their final hidden states (S, E)."""
-        return self.run([Part(ids, start, table, length)], ids[:0], table.new_zeros(0), table[:0])
+    def part(self, prompt: Sequence[int], start: int, stop: int, table: Tensor) -> Part:
+        """The tokens of a prompt from `start` to `stop`, whose pages are those of `table` (1, pages) int32."""
+        config, past = self.model.config, start
+        if config.position_offset and config.pad_token_id is not None:
+            past -= sum(token == config.pad_token_id for token in prompt[:start])
+        ids = torch.tensor(list(prompt[start:stop]), dtype=torch.int64, device=table.device)
+        return Part(ids, start, table, len(prompt), past)
 
     @torch.no_grad()
     def append(self, tokens: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ class PagedDecoder(GPTDecoder):
         """(S,)"""
         config = self.model.config
         if config.position_offset:
-            made = positions_of_tokens(part.ids[None], config.pad_token_id, 0, part.start)
+            made = positions_of_tokens(part.ids[None], config.pad_token_id, 0, part.past)
             return made.flatten()
         return torch.arange(part.start, part.start + part.ids.shape[0], device=part.ids.device)
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
+from fastattn.models.decoder_inputs import count_positions
 from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import PreNormBlock
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
-from fastattn.nn.positions import RotaryTable, apply_rotary, positions_of_tokens, sinusoids
+from fastattn.nn.positions import RotaryTable, apply_rotary, sinusoids
 from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import whole_blocks
@@ -183,7 +184,8 @@ class GPTDecoder:
         """Logits at every position of sequences (B, S) as decoding computes them, (B, S, V); fills the caches."""
         check_range("input_ids", ids, self.model.config.vocab_size, "vocab_size")
         self.lengths.fill_(ids.shape[1])
-        return self._logits(self._read(ids, slice(0, ids.shape[0]))).unflatten(0, tuple(ids.shape))
+        hidden = self._read(ids, slice(0, ids.shape[0]), self._positions_of(ids))
+        return self._logits(hidden).unflatten(0, tuple(ids.shape))
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Tokens and their positions, of any shape that goes together, (..., E)."""
@@ -214,9 +216,10 @@ class GPTDecoder:
         count, seqlen = ids.shape
         rows = slice(first_row, first_row + count)
         last = None
+        positions = self._positions_of(ids)
         for start in range(0, seqlen, size):
-            part = ids[:, start : start + size]
-            x = self._read(part, rows, start).unflatten(0, tuple(part.shape))
+            part, places = (each[..., start : start + size] for each in (ids, positions))
+            x = self._read(part, rows, places, start).unflatten(0, tuple(part.shape))
             if ends is None:
                 last = x[:, -1]
                 continue
@@ -253,10 +256,15 @@ class GPTDecoder:
             )  # fmt: skip
             return out.transpose(0, 1)[None]  # (1, H, T, D)
 
-        x = self._through_blocks(self._embed(ids[rows, places], places), len(rows), attend)
+        positions = self._positions_of(ids).expand_as(ids)[rows, places]
+        x = self._through_blocks(self._embed(ids[rows, places], positions), len(rows), attend)
         return x[ends - 1]
 
-    def _read(self, ids: Tensor, rows: slice, start: int = 0) -> Tensor:
+    def _positions_of(self, ids: Tensor) -> Tensor:
+        """Positions of whole prompts' tokens (N, S) before the offset, (N, S) or (S,), whichever parts are read."""
+        return count_positions(ids, None, None, 0, self.model.config) - self.model.config.position_offset
+
+    def _read(self, ids: Tensor, rows: slice, positions: Tensor, start: int = 0) -> Tensor:
         """The final hidden states of tokens (N, S) behind the first `start` ones of these rows, (N * S, E), whose keys
         and values go into the caches."""
         seqlen = ids.shape[1]
@@ -275,9 +283,6 @@ class GPTDecoder:
             values[rows, :, held].copy_(v)
             return attend_prompts(attn, q, k, v)
 
-        config, positions = self.model.config, places
-        if config.position_offset:
-            positions = positions_of_tokens(ids, config.pad_token_id, 0, start)
         return self._through_blocks(self._embed(ids, positions).flatten(0, 1), seqlen, attend, rows)
 
     def _table(self, kind: str, places: Tensor, lengths: Tensor) -> RotaryTable:

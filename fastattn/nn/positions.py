@@ -122,7 +122,7 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 def positions_of_tokens(input_ids: Tensor, pad_token_id: int | None, first: int, past: int = 0) -> Tensor:
     """(B, S) int64: positions that count tokens other than the padding token from `first` on, as in RoBERTa.
 
-    Padding tokens are at first - 1. past: earlier tokens of each sequence, all of which count.
+    Padding tokens are at first - 1. past: how many earlier tokens of each sequence count.
     """
     counted = torch.ones_like(input_ids) if pad_token_id is None else input_ids != pad_token_id
     return (counted.cumsum(1) + past) * counted + (first - 1)

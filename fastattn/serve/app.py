@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -33,7 +35,9 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         options: the limits of requests; None for the defaults.
 
     Returns:
-        An ASGI application, for uvicorn or another server.
+        An ASGI application, for uvicorn or another server. Its `state.stop(hurry)` answers what waits with status 503,
+        lets what runs finish within `drain` seconds, or until `hurry` returns True, and then ends the threads. A server
+        awaits it before it closes connections; the lifespan does at its end.
     """
     limits = options or ServeOptions()
     metrics = Metrics(models)
@@ -47,14 +51,20 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         try:
             yield
         finally:
-            state["closing"] = True
-            for model in models.values():
-                await run_in_threadpool(model.worker.drain, limits.drain)
-            for model in models.values():
-                await run_in_threadpool(model.worker.stop)
+            await stop()
+
+    async def stop(hurry: Callable[[], bool] = lambda: False) -> None:
+        state["closing"] = True
+        for model in models.values():
+            model.worker.close()
+        end = time.monotonic() + limits.drain
+        while any(m.worker.unfinished for m in models.values()) and time.monotonic() < end and not hurry():
+            await asyncio.sleep(0.02)
+        for model in models.values():
+            await run_in_threadpool(model.worker.stop)
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.models = models
+    app.state.models, app.state.stop = models, stop
     app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
 
     @app.exception_handler(ApiError)
@@ -63,7 +73,9 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
 
     @app.exception_handler(HTTPException)
     async def _no_route(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return error_response(ApiError(error.status_code, str(error.detail)))
+        response = error_response(ApiError(error.status_code, str(error.detail)))
+        response.headers.update(error.headers or {})  # as Allow, of a method that a path has not
+        return response
 
     def chosen(name: str | None, kind: type[Served]) -> Served:
         if name is None:

@@ -77,14 +77,15 @@ async def completions(
         }
 
     if body.stream:
+        usage = usage_field(body)
 
         async def events() -> AsyncIterator[dict[str, Any]]:
             begun: set[tuple[int, int]] = set()
             async for number, output in generation.outputs():
                 key = (number, output.index)
-                yield {**head, "choices": [choice(*key, output, key not in begun)]}
+                yield {**head, "choices": [choice(*key, output, key not in begun)], **usage}
                 begun.add(key)
-            if body.stream_options is not None and body.stream_options.include_usage:
+            if usage:
                 yield {**head, "choices": [], "usage": generation.usage()}
 
         return EventStream(events(), generation.cancel)
@@ -120,7 +121,8 @@ async def chat(
         return {"logprobs": scores, "finish_reason": news.finish}
 
     if body.stream:
-        chunk = {**head, "object": "chat.completion.chunk"}
+        usage = usage_field(body)
+        chunk = {**head, "object": "chat.completion.chunk", **usage}
 
         async def events() -> AsyncIterator[dict[str, Any]]:
             for index in range(body.n):
@@ -132,7 +134,7 @@ async def chat(
             async for _, output in generation.outputs():
                 delta = {"content": output.text} if output.text or output.finish is None else {}
                 yield {**chunk, "choices": [{"index": output.index, "delta": delta, **ending(output)}]}
-            if body.stream_options is not None and body.stream_options.include_usage:
+            if usage:
                 yield {**chunk, "choices": [], "usage": generation.usage()}
 
         return EventStream(events(), generation.cancel)
@@ -150,6 +152,12 @@ async def chat(
     return JSONResponse(
         {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
     )
+
+
+def usage_field(body: Sampling) -> dict[str, None]:
+    """What every chunk of a stream holds where the last one is to have the usage."""
+    asked = body.stream_options is not None and body.stream_options.include_usage
+    return {"usage": None} if asked else {}
 
 
 def check_sampling(body: Sampling, limits: ServeOptions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastattn.data.encoding import InputTokenizer
 from fastattn.serve.engine.requests import DeadlineError, Overloaded
-from fastattn.serve.engine.worker import Worker
+from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
 
@@ -93,16 +93,18 @@ class EncoderWorker(Worker):
             self.step()
             self._busy = False
         for job in self._jobs:
-            job.done(Overloaded("the server is shutting down"))
+            job.done(Overloaded(CLOSING))
 
     def step(self) -> None:
         """Run one batch: the first job's next examples, and those of others with the same options."""
         now = time.monotonic()
         for job in list(self._jobs):
-            late = job.deadline is not None and now > job.deadline
-            if late:
-                job.done(DeadlineError("the request took longer than it may"))
-            if late or job.cancelled.is_set():
+            error: Exception | None = Overloaded(CLOSING) if self._refusing and not job.results else None
+            if job.deadline is not None and now > job.deadline:
+                error = DeadlineError("the request took longer than it may")
+            if error is not None:
+                job.done(error)
+            if error is not None or job.cancelled.is_set():
                 self._jobs.remove(job)
         chosen: list[tuple[Job, int]] = []
         total, first = 0, self._jobs[0] if self._jobs else None

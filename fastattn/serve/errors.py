@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.serve.engine.requests import DeadlineError, Overloaded
+from fastattn.serve.engine.requests import UNLOGGED, DeadlineError, Overloaded
 
 TYPES = {
     400: "invalid_request_error",
@@ -59,3 +59,10 @@ def of_exception(error: Exception) -> ApiError:
         name = message.split(":", 1)[0]
         return ApiError(400, message, param=name if name.isidentifier() else None)
     return ApiError(500, "the server failed; its log says why")
+
+
+def of_failure(error: Exception) -> ApiError:
+    """What a client is told of an error while its request ran: what it asked for was checked before, so that a value
+    that is wrong now is the model's or the server's."""
+    known = isinstance(error, (ApiError, *UNLOGGED))
+    return of_exception(error if known else RuntimeError())

@@ -15,24 +15,34 @@ from starlette.concurrency import run_in_threadpool
 from fastattn.generation.options import Options
 from fastattn.serve.engine import Output, Request, TokenScore
 from fastattn.serve.engine.requests import FrequencyPenalty, LogitBias
-from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.errors import ApiError, of_exception, of_failure
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import Sampling
 from fastattn.serve.served import Decoder
 
+MOST_DIGITS = 20  # of a token's id: more than any has
+
 
 def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens: int) -> Options:
-    """The options of `generate` that a body asks for; ApiError or ValueError for what does not go together.
+    """The options of `generate` that a body asks for; ApiError for what does not go together.
 
     A temperature of 0 takes the likeliest token. Without one, tokens are drawn, as in OpenAI's API.
     """
+    try:
+        return _options_of(body, model, prompt, max_tokens)
+    except (TypeError, ValueError) as error:
+        raise of_exception(error) from None
+
+
+def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens: int) -> Options:
     vocab_size = model.engine.model.config.vocab_size
     processors: list[Any] = []
     if body.frequency_penalty:
         processors.append(FrequencyPenalty(len(model.engine.behind(prompt)), body.frequency_penalty))
     if body.logit_bias:
-        bias = {int(token): number for token, number in body.logit_bias.items() if token.isdecimal()}
+        names = (token for token in body.logit_bias if token.isdecimal() and len(token) <= MOST_DIGITS)
+        bias = {int(token): body.logit_bias[token] for token in names}
         if len(bias) < len(body.logit_bias) or any(token >= vocab_size for token in bias):
             raise ApiError(400, f"logit_bias: needs token ids from 0 to {vocab_size - 1}", param="logit_bias")
         processors.append(LogitBias(bias))
@@ -43,13 +53,14 @@ def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens
             "do_sample": True,
             "temperature": body.temperature,
             "top_p": body.top_p,
-            "top_k": body.top_k if body.top_k is not None and body.top_k > 0 else None,
+            "top_k": None if body.top_k is None else max(body.top_k, 0),  # -1 stands for all, as in vLLM
             "min_p": body.min_p,
         }
     return Options(
         max_new_tokens=max_tokens,
         num_beams=1,
         num_return_sequences=1,
+        prompt_lookup_num_tokens=0,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         eos_token_id=() if body.ignore_eos else None,
@@ -158,8 +169,7 @@ class Generation:
     async def submit(self) -> None:
         """Hand all requests to the engine, or none; ApiError if one does not fit or the queue is full."""
         try:
-            for request in self.requests:
-                await run_in_threadpool(self.model.engine.submit, request)
+            await run_in_threadpool(self.model.engine.submit, *self.requests)
         except Exception as error:
             self.cancel()
             raise of_exception(error) from None
@@ -176,7 +186,7 @@ class Generation:
             number, output = await self._queue.get()
             if output.error is not None:
                 self.cancel()
-                raise of_exception(output.error)
+                raise of_failure(output.error)
             key, now = (number, output.index), time.monotonic()
             if key in self._last:
                 self._between.observe(now - self._last[key])

@@ -17,9 +17,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.errors import ApiError, of_failure
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
+from fastattn.serve.schemas import UNKNOWN_NAME
 
 log = logging.getLogger("fastattn.serve")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -63,10 +64,12 @@ async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptio
 
 def _refusal(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body; what the client sent is not repeated."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     places = [str(part) for part in first["loc"] if isinstance(part, (int, str))]
+    if first["type"] == UNKNOWN_NAME:
+        places.append(first["ctx"]["name"])
     param = places[0] if places else None
-    reason = "unknown name" if first["type"] == "extra_forbidden" else first["msg"]
+    reason = first["msg"]
     where = ".".join(places[:1] + [p for p in places[1:] if p.isdigit() or p.isidentifier()])
     return ApiError(400, f"{where or 'body'}: {reason}"[:500], param=param)
 
@@ -156,11 +159,13 @@ class EventStream:
         await pass_on({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for event in self.events:
-                await write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+                await write(json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
         except OSError:
             raise
         except Exception as error:
-            await write(json.dumps(of_exception(error).body))
+            if not isinstance(error, ApiError):
+                log.exception("a stream failed")
+            await write(json.dumps(of_failure(error).body))
         await write("[DONE]", last=True)
 
 
@@ -198,7 +203,7 @@ class Guard:
         except Exception as error:
             log.exception("a request failed")
             if not status:
-                await error_response(of_exception(error))(scope, receive, counted)
+                await error_response(of_failure(error))(scope, receive, counted)
         finally:
             route = path if path in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)

@@ -27,7 +27,7 @@ def attention_maps(
         text, text_pair: one text, or a pair for an encoder.
 
     Returns:
-        tokens: S texts, at most 128 tokens.
+        tokens: S texts, at most 128 tokens, and no more than the model reads.
         cut: tokens that did not fit.
         shape: [layers, heads, S, S], rows for queries.
         weights: base64 of little-endian 16-bit integers in that shape; 65535 stands for 1.
@@ -42,7 +42,8 @@ def attention_maps(
             raise ValueError("text_pair: a decoder reads one text")
         assert isinstance(tokenizer, Tokenizer)
         every = tokenizer.encode(text)
-        ids, cut = every[:MAX_TOKENS], max(0, len(every) - MAX_TOKENS)
+        most = min(MAX_TOKENS, model.max_positions or MAX_TOKENS)
+        ids, cut = every[:most], max(0, len(every) - most)
         tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     else:
         assert isinstance(tokenizer, InputTokenizer)

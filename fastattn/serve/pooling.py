@@ -67,6 +67,8 @@ def tokens_of(model: Encoder, examples: Sequence[dict[str, Any]]) -> list[int]:
     if examples and "ids" in examples[0]:
         return [len(each["ids"]) for each in examples]
     texts = [list(each.values()) for each in examples]
+    if model.task is embed:  # behind the folder's prompt
+        texts = [[text] for text in model.model.prepared([each[0] for each in texts])]
     encoded = model.core.encode_batch([t[0] if len(t) == 1 else tuple(t[:2]) for t in texts])
     return [min(len(each.ids), model.longest) for each in encoded]
 
@@ -93,7 +95,7 @@ def inputs_of(given: Any, model: Encoder, limits: ServeOptions) -> list[dict[str
         return [{"text": text} for text in texts_of(listed, limits)]
     if len(listed) > limits.max_inputs:
         raise ApiError(400, f"input: got {len(listed)}, needs 1 to {limits.max_inputs}", param="input")
-    size, longest = model.model.config.vocab_size, embed.longest_read(model.model, model.worker.tokenizer)
+    size, longest = model.model.config.vocab_size, model.longest
     for ids in listed:
         if not 0 < len(ids) <= longest:
             raise ApiError(400, f"input: got {len(ids)} token ids, needs 1 to {longest}", param="input")

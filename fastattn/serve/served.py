@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +18,15 @@ from fastattn import console
 from fastattn.console import InputError
 from fastattn.data import DataError, Tokenizer
 from fastattn.data.chat import ChatTemplate
+from fastattn.generation.options import Options
+from fastattn.generation.stopping import special_tokens
 from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.serve.encoders import EncoderWorker
 from fastattn.serve.engine import Engine, TargetEngine
 from fastattn.serve.grammar import Grammars
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.token_texts import TokenStrings
-from fastattn.tasks import fill, predict
+from fastattn.tasks import embed, fill, predict
 from fastattn.tasks.batches import max_tokens
 from fastattn.text_generation import vocabularies
 
@@ -59,6 +62,7 @@ class Decoder:
             **_card(self.name, self.created, "generate"),
             "max_model_len": self.engine.longest,
             "batch_invariant": self.engine.batch_invariant,  # whether tokens do not depend on what else runs
+            "attention": not self.encodes,  # whether /attention draws its maps
         }
 
 
@@ -76,13 +80,21 @@ class Encoder:
     @property
     def longest(self) -> int:
         """Most tokens of a text that are read."""
-        return max_tokens(self.model, self.worker.tokenizer)
+        tokenizer = self.worker.tokenizer
+        if self.task is embed:
+            return embed.longest_read(self.model, tokenizer)
+        return max_tokens(self.model, tokenizer)
 
     @property
     def card(self) -> dict[str, Any]:
         """Its entry in /v1/models."""
         mask = {"mask_token": self.worker.tokenizer.mask_token} if self.task is fill else {}
-        return {**_card(self.name, self.created, self.task.NAME), "max_model_len": self.longest, **mask}
+        return {
+            **_card(self.name, self.created, self.task.NAME),
+            "max_model_len": self.longest,
+            "attention": True,
+            **mask,
+        }
 
 
 def _card(name: str, created: int, task: str) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def in_own_thread(work: Callable[[], Result]) -> Result:
 def name_of(folder: Path) -> str:
     """The name that clients ask for a folder by."""
     console.check_folder(folder)
-    return folder.resolve().name
+    return Path(os.path.abspath(folder)).name  # a link is named as it is, wherever it leads
 
 
 def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encoder:
@@ -164,10 +176,24 @@ def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
             raise InputError(
                 f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
             )
+    try:
+        refuse_defaults(model, tokenizer)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder}: {error}") from None
     engine = _engine(model, options)
     template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
     strings = TokenStrings(tokenizer)
     return Decoder(name, engine, tokenizer, template, strings, Grammars(model, strings))
+
+
+def refuse_defaults(model: Any, tokenizer: Tokenizer) -> None:
+    """TypeError or ValueError for a generation_config that would make every request fail, whatever it asks for."""
+    usual = Options(
+        max_new_tokens=1, do_sample=True, num_beams=1, num_return_sequences=1, prompt_lookup_num_tokens=0,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    settled = usual.settled(model, 1, 1)
+    special_tokens(model, settled.eos_token_id, settled.pad_token_id)
 
 
 def _engine(model: Any, options: ServeOptions) -> Engine | TargetEngine:

@@ -14,6 +14,7 @@ from fastattn.console import InputError
 from fastattn.serve.options import ServeOptions
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+ANSWER_SECONDS = 10  # that responses have to reach clients once all requests have ended
 MODES = ("float32", "bfloat16", "float16")
 
 
@@ -88,11 +89,20 @@ def serve(
 
     log_to_stderr()
     models = load_all(folders, options)
+    app = create_app(models, options)
+
+    class Server(uvicorn.Server):
+        """Ends requests before connections: uvicorn itself would cancel the tasks of those that wait or run on."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await app.state.stop(lambda: self.force_exit)
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
-        create_app(models, options),
+        app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=int(options.drain) + 1,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
         server_header=False,
         lifespan="on",
     )
@@ -101,6 +111,6 @@ def serve(
     # uvicorn raises the signal again once it has ended in good order, which is what a stop by SIGTERM is
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +44,18 @@ def test_every_text_survives(tokenizer, text):
 
 def test_batch_agrees_with_single(tokenizer, documents):
     assert tokenizer.encode_batch(documents[:3]) == [tokenizer.encode(d) for d in documents[:3]]
+
+
+def test_truncation_and_padding_of_a_file_are_not_applied(tokenizer, documents, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    stored = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=6)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    expected = tokenizer.encode(documents[0])
+    assert loaded.encode(documents[0]) == loaded.encode_batch(["a", documents[0]])[1] == expected
+    assert loaded.core.encode(documents[0]).ids == expected
 
 
 def test_training_is_the_same_in_every_process():

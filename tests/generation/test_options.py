@@ -56,6 +56,16 @@ def test_arguments_come_before_a_config() -> None:
     assert torch.equal(model.generate(IDS, MASK, max_new_tokens=8, do_sample=False, eos_token_id=[]), plain)
 
 
+def test_neutral_arguments_switch_a_config_s_off() -> None:
+    named = {"temperature": 9.0, "top_k": 1, "top_p": 0.01, "min_p": 1.0, "repetition_penalty": 5.0}
+    model = with_config(do_sample=True, prompt_lookup_num_tokens=3, **named)
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    plain = make(torch.float64).generate(IDS, MASK, do_sample=True, seed=0)
+    assert torch.equal(model.generate(IDS, MASK, seed=0, prompt_lookup_num_tokens=0, **neutral), plain)
+    greedy = {name: value for name, value in neutral.items() if name != "repetition_penalty"}
+    assert torch.equal(make().generate(IDS, MASK, **greedy), make().generate(IDS, MASK))
+
+
 @pytest.mark.parametrize("key", NOT_COMPUTED)
 def test_a_config_that_asks_for_what_is_not_computed_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"^generation_config: {key}=3 is not computed here"):

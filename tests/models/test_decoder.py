@@ -297,6 +297,30 @@ def test_bad_calls_are_refused_by_name(call, name):
         call(model)
 
 
+def with_an_offset():
+    """RoBERTa's kind of decoder, which gives padding tokens, here id 1, no positions."""
+    return GPT(GPTConfig(**GPT2, position_offset=2, pad_token_id=1)).eval()
+
+
+def test_padding_tokens_within_a_sequence_are_counted_alike_by_every_call():
+    model = with_an_offset()
+    tokens = torch.randint(2, VOCAB, (2, 12))
+    tokens[:, 3] = tokens[1, 0] = 1
+    expected = model(tokens).logits
+    masked = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    packed = model(tokens.view(1, -1), segment_ids=torch.arange(2).repeat_interleave(12)[None]).logits
+    torch.testing.assert_close(masked, expected)
+    torch.testing.assert_close(packed.view_as(expected), expected)
+    torch.testing.assert_close(model.decoder(2, 12).logits(tokens), expected)
+    for chunk_size in (None, 1, 4, 5):
+        decoder = model.decoder(2, 12)
+        torch.testing.assert_close(decoder.prefill(tokens, chunk_size=chunk_size), expected[:, -1])
+    decoder = model.decoder(2, 12)
+    ends = torch.tensor([5, 12])  # few enough for reading the tokens alone
+    read = decoder.prefill(tokens, ends)
+    torch.testing.assert_close(read, expected[torch.arange(2), ends - 1])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_position_offset_moves_rows_of_the_table(side):
     """RoBERTa's: the rows before it are of padding, and a model with the same rows from 0 on gives the same."""

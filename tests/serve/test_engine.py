@@ -13,7 +13,7 @@ from small_models import KINDS, VOCAB
 from fastattn.models import GPT
 from fastattn.models.paged import LARGE_BLOCKS
 from fastattn.serve.engine import Engine, Output
-from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded
+from fastattn.serve.engine.requests import DeadlineError, FrequencyPenalty, LogitBias, Overloaded, scores_of
 from numerics import assert_within_rule
 
 
@@ -43,6 +43,22 @@ def test_tokens_are_those_of_generate_alone_whatever_else_runs(kind: str) -> Non
     for each in asked:
         assert each.error is None
         assert [each.tokens()] == each.alone(model), each.options
+
+
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_padding_tokens_in_prompts_count_alike_whatever_else_runs(page_size: int) -> None:
+    """Positions of RoBERTa's kind do not count them, in whatever parts and company a prompt is read."""
+    model = make_model(position_offset=2, pad_token_id=1)
+    common = [*random_ids(3, 1), 1, *random_ids(16, 2), 1, *random_ids(10, 3)]
+    prompts = [common + random_ids(4, 4), [1, *random_ids(9, 5), 1], common + random_ids(7, 6)]
+    asked = [Asked(prompt, do_sample=False, max_new_tokens=15) for prompt in prompts]
+    engine = make_engine(model, pages=96 // page_size, page_size=page_size, max_batch=3)
+    run(engine, *asked)
+    run(engine, again := Asked(prompts[0], do_sample=False, max_new_tokens=15))
+    assert engine.stats()["preemptions"] > 0
+    assert engine.stats()["shared_tokens"] > 0
+    for each in (*asked, again):
+        assert [each.tokens()] == each.alone(model, page_size) == each.alone(model, 64)
 
 
 def test_tokens_of_16_bit_models_do_not_depend_on_company_either() -> None:
@@ -303,6 +319,12 @@ def test_a_full_batch_has_the_bits_of_each_request_alone() -> None:
         assert [ours.tokens()] == ours.alone(model)
         together, single = ([s for out in each.outputs for s in out.scores] for each in (ours, theirs))
         assert together == single
+
+
+def test_scores_of_tokens_that_a_model_rules_out_are_numbers_of_json() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 0.0]])
+    (score,) = scores_of(logits, [1], 3)
+    assert (score.logprob, score.top[-1]) == (-9999.0, (1, -9999.0))
 
 
 def test_penalties_and_biases() -> None:

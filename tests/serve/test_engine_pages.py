@@ -70,3 +70,15 @@ def test_a_page_to_copy_is_not_the_one_that_is_taken(pages: int) -> None:
     run(engine, *(others := [Asked(each.prompt, max_new_tokens=40) for each in asked]))
     for each in (*asked, *others):
         assert [each.tokens()] == each.alone(model, CHUNK_SIZE)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_prompt_that_fills_the_context_takes_all_pages_and_no_more(tokens: int) -> None:
+    model = make_model(n_positions=64)
+    engine = make_engine(model, 4, page_size=16, max_batch=1)
+    asked = Asked(random_ids(64 - tokens, 1), max_new_tokens=tokens, prompt_scores=0)
+    after = Asked(random_ids(5, 2), max_new_tokens=4)
+    run(engine, asked, after, most=40)
+    (news,) = asked.outputs
+    assert (news.finish, len(news.tokens), len(news.prompt_scores)) == ("length", tokens, len(asked.prompt))
+    assert [after.tokens()] == after.alone(model, 16)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_cases import client_of
+import serve_cases
+from engine_cases import Asked, finish, make_engine, make_model, random_ids
+from serve_cases import client_of, events_of
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
+from fastattn.serve.encoders import EncoderWorker, Job
+from fastattn.serve.engine import TargetEngine
+from fastattn.serve.engine.requests import Overloaded
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.served import load_all
 
@@ -30,6 +36,99 @@ def test_the_log_holds_prompts_only_where_asked(
         one.post("/v1/embeddings", json={"model": "embed", "input": ["another secret"]})
     assert ("a secret\\nriver" in caplog.text) == log_prompts
     assert ("another secret" in caplog.text) == log_prompts
+
+
+@pytest.mark.parametrize("secret", [{"seed": 2**70 + 1234567}, {"logit_bias": {"7" * 5000: 1}}])
+def test_a_value_that_is_refused_is_not_logged(
+    client: Any, secret: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", "fastattn"):
+        for path, given in (
+            ("completions", {"prompt": "a"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ):
+            assert client.post(f"/v1/{path}", json={"model": "chat", **given, **secret}).status_code == 400
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_fails_is_the_servers_fault_and_logged(
+    folders: dict[str, Path], stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = load_all([folders["gpt"]], ServeOptions())
+    models["gpt"].engine.model.ln_f.weight.data.fill_(float("nan"))
+    body = {"prompt": "a secret river", "max_tokens": 3, "stream": stream}
+    with client_of(models, ServeOptions()) as one:
+        answer = one.post("/v1/completions", json=body)
+    error = events_of(answer)[-1]["error"] if stream else answer.json()["error"]
+    assert error["type"] == "server_error"
+    assert stream or answer.status_code == 500
+    assert "not finite" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_options_that_leave_no_token_are_the_clients_fault(
+    client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"model": "gpt", "prompt": "a", "temperature": 0, "repetition_penalty": 1e-40}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "no token is left" in answer.json()["error"]["message"]
+    assert not caplog.text
+
+
+def test_requests_that_have_not_begun_fail_at_a_stop_and_the_others_end() -> None:
+    engine = make_engine(make_model(), pages=20, max_batch=1)
+    runs, waits, late = (Asked(random_ids(5, seed), max_new_tokens=9) for seed in range(3))
+    engine.submit(runs.request, waits.request)
+    for _ in range(3):
+        engine._step()
+    engine.close()
+    with pytest.raises(Overloaded, match="shutting down"):
+        engine.submit(late.request)
+    engine._step()
+    assert isinstance(waits.error, Overloaded)
+    finish(engine)
+    assert (len(runs.tokens()), runs.error) == (9, None)
+
+
+def test_a_continuation_that_lost_its_pages_ends_at_a_stop() -> None:
+    engine = make_engine(make_model(), pages=8, max_batch=2)
+    asked = [Asked(random_ids(20, seed), max_new_tokens=25) for seed in range(2)]
+    engine.submit(*(each.request for each in asked))
+    while not engine.stats()["preemptions"]:
+        engine._step()
+    assert engine.batch.waiting[0].made
+    engine.close()
+    finish(engine)
+    assert [len(each.tokens()) for each in asked] == [25, 25]
+
+
+def test_targets_that_wait_fail_at_a_stop_before_the_batch_ends(tmp_path: Path) -> None:
+    engine = TargetEngine(serve_cases.save_encoder_decoder(tmp_path), max_batch=1)
+    runs, waits = (Asked([5, 6], max_new_tokens=9) for _ in range(2))
+    runs.request.on_output = lambda output: (engine.close(), runs.outputs.append(output))
+    waits.request.on_output = lambda output: waits.outputs.append(replace(output, made=len(runs.tokens())))
+    engine.submit(runs.request, waits.request)
+    engine.run_batch()
+    assert len(runs.tokens()) == 9
+    assert isinstance(waits.error, Overloaded)
+    assert waits.outputs[0].made == 1
+
+
+def test_texts_that_wait_fail_at_a_stop_and_jobs_that_have_begun_end(client: Any) -> None:
+    served = client.app.state.models["embed"].worker
+    worker = EncoderWorker(served.task, served.model, served.tokenizer, batch_tokens=8, max_queue=9)
+    answers: dict[str, Any] = {}
+    for name in ("begun", "waiting"):
+        examples = [{"text": "a river"}] * 3
+        worker.submit(Job(examples, [5] * 3, {}, lambda found, name=name: answers.update({name: found})))
+    worker.step()
+    worker.close()
+    for _ in range(3):
+        worker.step()
+    assert len(answers["begun"]) == 3
+    assert isinstance(answers["waiting"], Overloaded)
 
 
 def test_attention_that_waits_at_a_stop_is_answered(folders: dict[str, Path]) -> None:

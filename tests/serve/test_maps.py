@@ -43,6 +43,12 @@ def test_a_long_text_is_cut_and_counted() -> None:
     assert found["cut"] == len(tokenizer.encode(text)) - MAX_TOKENS > 0
 
 
+def test_a_text_beyond_the_positions_is_cut_where_they_end() -> None:
+    tokenizer = make_tokenizer()
+    found = attention_maps(model_of(tokenizer, n_positions=32), tokenizer, "x" * 50)
+    assert (len(found["tokens"]), found["cut"]) == (32, len(tokenizer.encode("x" * 50)) - 32)
+
+
 @pytest.mark.parametrize("cls", [models.Bert, models.BertForEmbedding, models.BertForTokenClassification])
 @pytest.mark.parametrize("pair", [None, "anna works"])
 def test_an_encoder_s_weights(cls: Any, pair: str | None, tmp_path: Path) -> None:

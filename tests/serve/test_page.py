@@ -75,6 +75,7 @@ def test_attention_of_every_model(client: Any, folders: list[Path]) -> None:
         layers, _, queries, keys = found.json()["shape"]
         assert (found.json()["model"], layers) == (name, config.get("num_hidden_layers") or config["n_layer"])
         assert queries == keys == len(found.json()["tokens"])
+        assert client.get(f"/v1/models/{name}").json()["attention"]
 
 
 def test_attention_while_requests_run_changes_none(client: Any) -> None:
@@ -123,9 +124,11 @@ def test_in_a_browser(folders: list[Path]) -> None:
         tab.goto(url)
         tab.focus("#input-prompt")
         tab.keyboard.type("the river")
-        tab.keyboard.press("Control+Enter")
+        for _ in range(2):  # the second while the first is answered
+            tab.keyboard.press("Control+Enter")
         tab.wait_for_selector("#token-3")
         tab.wait_for_selector("#run:enabled")
+        assert sum(each.endswith("/v1/completions") for each in asked) == 1
         tab.focus("#tokens")
         tab.keyboard.press("ArrowRight")
         assert tab.locator("#tokens [aria-selected=true]").get_attribute("id") == "token-1"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import serve_cases
 import torch
 
 from fastattn.console import InputError
@@ -50,6 +52,46 @@ def test_openmp_keeps_no_threads_of_the_loading() -> None:
     while len(made & set(os.listdir(TASKS))) > len(made) - 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert len(made & set(os.listdir(TASKS))) <= len(made) - 2
+
+
+def test_a_folder_whose_settings_no_request_can_have_is_refused_at_the_start(tmp_path: Path) -> None:
+    serve_cases.save_gpt(tmp_path / "gpt")
+    settings = tmp_path / "gpt" / "generation_config.json"
+    for wrong in (
+        {"no_repeat_ngram_size": 3},
+        {"temperature": -1.0, "do_sample": True},
+        {"eos_token_id": "a"},
+    ):
+        settings.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            served.load_all([tmp_path / "gpt"], ServeOptions())
+    settings.write_text(json.dumps({"num_beams": 4, "length_penalty": 2.0, "stop_strings": ["x"]}))
+    assert list(served.load_all([tmp_path / "gpt"], ServeOptions())) == ["gpt"]
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_values_that_keep_all_tokens_beat_the_folders(tmp_path: Path, top_k: int) -> None:
+    serve_cases.save_gpt(tmp_path / "gpt")
+    models = served.load_all([tmp_path / "gpt"], ServeOptions())
+    body = {"prompt": "the river", "seed": 1, "max_tokens": 8}
+    neutral = {"top_k": top_k, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "repetition_penalty": 1.0}
+    with serve_cases.client_of(models) as client:
+        plain = client.post("/v1/completions", json=body).json()["choices"]
+        models["gpt"].engine.model.generation_config = {
+            "top_k": 1, "top_p": 0.01, "min_p": 1.0, "temperature": 5.0, "repetition_penalty": 3.0,
+            "prompt_lookup_num_tokens": 3,
+        }  # fmt: skip
+        found = client.post("/v1/completions", json={**body, **neutral}).json()["choices"]
+        assert client.post("/v1/completions", json=body).json()["choices"] != plain
+        biased = client.post("/v1/completions", json={**body, "logit_bias": {"5": 1}})
+    assert found == plain
+    assert biased.status_code == 200, biased.text
+
+
+def test_a_link_is_named_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "3f2a").mkdir()
+    (tmp_path / "small").symlink_to(tmp_path / "3f2a", target_is_directory=True)
+    assert served.name_of(tmp_path / "small") == "small"
 
 
 @pytest.mark.parametrize("error", [InputError("no such folder"), KeyboardInterrupt()], ids=repr)

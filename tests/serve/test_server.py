@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,16 @@ class Server:
 
     def ask(self, max_tokens: int, stream: bool = True) -> socket.socket:
         """A connection whose request runs; of a stream the first tokens have arrived."""
+        connection = self.send(max_tokens, stream)
+        received = b""
+        while stream and b"data: " not in received:
+            received += connection.recv(4096)
+        while not stream and not self.metric("running"):
+            time.sleep(0.01)
+        return connection
+
+    def send(self, max_tokens: int, stream: bool = False) -> socket.socket:
+        """A connection with a request."""
         body = {
             "model": "gpt2",
             "prompt": "the river",
@@ -50,14 +61,10 @@ class Server:
             "stream": stream,
         }
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(head.encode() + data)
-        received = b""
-        while stream and b"data: " not in received:
-            received += connection.recv(4096)
-        while not stream and not self.metric("running"):
-            time.sleep(0.01)
         return connection
 
 
@@ -66,12 +73,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("serve")
     serve_cases.save_gpt(root / "gpt2", n_positions=4096)
     serve_cases.save_encoder(root / "minilm", "Model")
-    words = [sys.executable, "-m", "fastattn", "serve", "gpt2", "minilm", "--port=0"]
-    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    with started(["-m", "fastattn", "serve", "gpt2", "minilm", "--port=0"], root) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def started(words: list[str], root: Path, errors: Any = None) -> Iterator[Server]:
+    """A server that Python runs with these words; `errors` is the file that its log goes to."""
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.fullmatch(r"serving gpt2, minilm on http://127\.0\.0\.1:(\d+)\n", line)
+            found = re.fullmatch(r"serving gpt2(?:, minilm)? on http://127\.0\.0\.1:(\d+)\n", line)
             assert found, line
             made = Server(process, int(found[1]))
             for _ in range(200):
@@ -123,6 +137,42 @@ def test_a_client_that_goes_away_frees_its_pages(server: Server, stream: bool) -
         time.sleep(0.02)
     assert server.metric("pages_held") == server.metric("running") == 0
     assert server.metric("generated_tokens_total") - before < 4000
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    connection.settimeout(60.0)
+    received = b""
+    with connection:
+        while part := connection.recv(1 << 16):
+            received += part
+    return received
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_sigterm_answers_those_that_wait_and_those_that_take_too_long(tmp_path: Path, stream: bool) -> None:
+    serve_cases.save_gpt(tmp_path / "gpt2", n_positions=16384, n_embd=256, n_layer=4)
+    program = (
+        "from pathlib import Path; from fastattn.serve.options import ServeOptions; "
+        "from fastattn.serve.server import serve; options = ServeOptions(drain=4.0, max_batch=1); "
+        "serve([Path('gpt2')], '127.0.0.1', 0, options, lambda line: print(line, flush=True))"
+    )
+    log = tmp_path / "log"
+    with log.open("w") as errors, started(["-c", program], tmp_path, errors) as server:
+        running, waiting = server.ask(16000, stream), server.send(8)
+        while not server.metric("waiting"):
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        answer = rest_of(waiting)
+        assert time.monotonic() - begun < 4.0
+        late = rest_of(running)
+        assert server.process.wait(60) == 0
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert stream or late.startswith(b"HTTP/1.1 503")
+    for each in (answer, late):
+        assert b'"code":"shutting_down"' in each.replace(b'": "', b'":"')
+    assert "Traceback" not in log.read_text()
 
 
 def test_sigterm_finishes_what_runs(server: Server) -> None:

@@ -13,7 +13,7 @@ from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
 from fastattn.serve.engine.requests import Overloaded, Request
 from fastattn.serve.engine.steps import Batch, refuse_unreadable
-from fastattn.serve.engine.worker import Worker
+from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
 PAGE_SIZE = 64  # tokens
@@ -30,7 +30,7 @@ class Engine(Worker):
     Args:
         model: the GPT; from here on it belongs to the engine's thread.
         max_batch: most continuations that run at the same time.
-        max_queue: most requests that wait for a place; more are refused.
+        max_queue: most requests that wait for a place; more are refused, but a body's prompts are taken together.
         max_length: most tokens of prompt and continuation; None = the model's n_positions.
         page_size: tokens of a page of the cache. A CPU reads pages of a multiple of 64 where they lie.
         kv_memory: bytes for pages; None = for max_batch sequences of max_length, at most 1 GiB.
@@ -107,13 +107,24 @@ class Engine(Worker):
         """Of prompts."""
         return self.model.config.vocab_size
 
-    def submit(self, request: Request) -> None:
-        """Hand a request over from any thread; outputs come by its `on_output`, in the engine's thread.
+    def submit(self, *requests: Request) -> None:
+        """Hand requests of one client over from any thread; outputs come by their `on_output`, in the engine's thread.
 
         Raises:
-            Overloaded: the queue is full, or the engine is closing.
-            ValueError, TypeError: the prompt or an option does not fit the model.
+            Overloaded: the queue is full before the first of them, or the engine is closing.
+            ValueError, TypeError: a prompt or an option does not fit the model. None is taken then.
         """
+        for request in requests:
+            self._settle(request)
+        with self._changed:
+            self._admit(self.queued)
+            for request in requests:
+                self._count += 1
+                request.number = self._count
+                self._arrived.append(request)
+            self._changed.notify()
+
+    def _settle(self, request: Request) -> None:
         refuse_unreadable(self.model, request.prompt)
         request.settle(self.model)
         assert request.settled is not None
@@ -123,12 +134,6 @@ class Engine(Worker):
                 f"max_tokens: a prompt of {len(request.prompt)} tokens and {request.settled.max_new_tokens} more are "
                 f"{wanted}, more than the {self.max_length} that the model reads"
             )
-        with self._changed:
-            self._admit(self.queued)
-            self._count += 1
-            request.number = self._count
-            self._arrived.append(request)
-            self._changed.notify()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since the start, and what runs now."""
@@ -157,7 +162,7 @@ class Engine(Worker):
                 if self.busy:
                     self._step()
         for request in {each.request: None for each in (*self.batch.running, *self.batch.waiting)}:
-            self.batch.fail(request, Overloaded("the server is shutting down"))
+            self.batch.fail(request, Overloaded(CLOSING))
 
     def _wanted(self) -> bool:
         return bool(self._calls or self.busy or self._stopped)
@@ -166,6 +171,9 @@ class Engine(Worker):
         while self._arrived:
             self.batch.add(self._arrived[0])
             self._arrived.popleft()
+        if self._refusing:
+            for request in {each.request: None for each in self.batch.waiting if not each.made}:
+                self.batch.fail(request, Overloaded(CLOSING))
         try:
             self.batch.step()
             self.steps += 1

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastattn.generation.choosing import Chooser
+from fastattn.generation.choosing import NOT_FINITE, Chooser
 from fastattn.generation.options import Options, Settled
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.rows import Row
 from fastattn.generation.sampling import Draws, LogitsProcessor
 from fastattn.generation.stopping import special_tokens
 from fastattn.generation.text import RowText
+
+LEAST_SCORE = -9999.0  # in place of -inf, which JSON has not; as in OpenAI's and vLLM's APIs
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class DeadlineError(Exception):
 
 class Overloaded(Exception):
     """The queue is full, or the engine takes no more requests."""
+
+
+class NoTokenLeft(ValueError):
+    """A request's penalties, biases or format leave no token to choose, though the model's logits are finite."""
+
+
+UNLOGGED = (DeadlineError, Overloaded, NoTokenLeft)  # errors of a request that are no fault of the server's
 
 
 class FrequencyPenalty:
@@ -214,6 +223,10 @@ class Continuation:
         """Append a token that was chosen by logits (1, V); what is complete of the text and its scores."""
         row, top = self.row, self.request.scores
         if not row.done:
+            if token == NOT_FINITE and bool(logits.amax().isfinite()):
+                raise NoTokenLeft(
+                    "logits are not finite behind the request's penalties, logit_bias or format: no token is left"
+                )
             row.append(token)
             self.made.append(token)
             if self.chooser.scores.changes:
@@ -245,7 +258,7 @@ class Continuation:
 def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
     """The scores of one token (N) for each row of logits (N, V)."""
     scores = []
-    for row, token in zip(logits.float().log_softmax(-1), tokens):
+    for row, token in zip(logits.float().log_softmax(-1).clamp(min=LEAST_SCORE), tokens):
         best = row.topk(min(top, len(row)))
         likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
         scores.append(TokenScore(token, float(row[token]), likeliest))

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import GenerationError
+from fastattn.integers import cdiv
 from fastattn.models import GPT
-from fastattn.models.paged import PagedDecoder, Part
+from fastattn.models.paged import PagedDecoder
 from fastattn.serve.engine.pages import PagePool, PagesExhausted, names_of
 from fastattn.serve.engine.requests import (
+    UNLOGGED,
     Continuation,
     DeadlineError,
     Output,
-    Overloaded,
     Request,
     TokenScore,
     scores_of,
@@ -95,7 +96,7 @@ class Batch:
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
-        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+        if not isinstance(error, UNLOGGED):
             log.error("request %d failed", request.number, exc_info=error)
         if self._leave(request):
             request.tell(Output(error=error))
@@ -123,7 +124,9 @@ class Batch:
         while self.waiting and len(self.running) < self.max_batch:
             each = self.waiting[0]
             found = self._shared_pages(each)
-            needed = each.wanted // self.page_size + 1 - len(found)
+            # with a place for the next token, except behind a prompt that leaves none
+            held = min(each.wanted + 1, self.decoder.max_length)
+            needed = cdiv(held, self.page_size) - len(found)
             unheld = sum(not self.pool.holders[page] for page in found)
             if self.pool.available - unheld < needed:
                 return
@@ -236,10 +239,7 @@ class Batch:
     ) -> tuple[Tensor, Tensor]:
         """The final hidden states of prompts' parts (S of each, E), and logits after the tokens of those that are ready
         and after the prompts that end (N, V)."""
-        parts = []
-        for each, end in reads:
-            ids = torch.tensor(list(each.prompt[each.held : end]), device=self.device)
-            parts.append(Part(ids, each.held, self._table([each]), len(each.prompt)))
+        parts = [self.decoder.part(each.prompt, each.held, end, self._table([each])) for each, end in reads]
         tokens = torch.tensor([each.made[-1] for each in ready], dtype=torch.int64, device=self.device)
         lengths = torch.tensor([each.held for each in ready], dtype=torch.int32, device=self.device)
         hidden = self.decoder.run(parts, tokens, lengths, self._table(ready))
@@ -281,10 +281,7 @@ class Batch:
         for other in family if each.index == 0 else [each]:
             self._accept(other, other.choose(logits), logits)
         for other in self.running[self.max_batch :]:  # beyond the batch; they wait, with their first token
-            self._release(other)
-            self.waiting.append(other)
-        self.running = self.running[: self.max_batch]
-        self.waiting.sort(key=lambda other: other.order)
+            self._wait(other)
 
     def _chosen(self, those: Sequence[Continuation], logits: Tensor) -> None:
         """The last token of each is in the cache; choose the next by the logits (N, V)."""
@@ -360,6 +357,11 @@ class Batch:
                     return None
 
     def _preempt(self, each: Continuation) -> None:
+        """A continuation makes room for others."""
+        self._wait(each)
+        self.preemptions += 1
+
+    def _wait(self, each: Continuation) -> None:
         """A continuation gives its pages back and waits; what they held is computed again later, with the same bits."""
         self._release(each)
         if not each.made:
@@ -367,7 +369,6 @@ class Batch:
         self.running.remove(each)
         self.waiting.append(each)
         self.waiting.sort(key=lambda other: other.order)
-        self.preemptions += 1
 
     def _release(self, each: Continuation) -> None:
         for page in reversed(each.pages):  # the beginning of a prompt is kept longest

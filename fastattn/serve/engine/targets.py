@@ -15,8 +15,8 @@ from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import CausalLM, GenerationError
 from fastattn.models import EncoderDecoder
 from fastattn.nn.modes import evaluating
-from fastattn.serve.engine.requests import Continuation, DeadlineError, Output, Overloaded, Request
-from fastattn.serve.engine.worker import Worker
+from fastattn.serve.engine.requests import UNLOGGED, Continuation, DeadlineError, Output, Overloaded, Request
+from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
 MOST_TARGET = 512  # tokens, where the decoder has no learned positions
@@ -88,13 +88,24 @@ class TargetEngine(Worker):
         """Of prompts."""
         return self.model.config.encoder.vocab_size
 
-    def submit(self, request: Request) -> None:
-        """Hand a request over from any thread; outputs come by its `on_output`, in this thread.
+    def submit(self, *requests: Request) -> None:
+        """Hand requests of one client over from any thread; outputs come by their `on_output`, in this thread.
 
         Raises:
-            Overloaded: the queue is full, or the engine is closing.
-            ValueError, TypeError: the prompt or an option does not fit the model.
+            Overloaded: the queue is full before the first of them, or the engine is closing.
+            ValueError, TypeError: a prompt or an option does not fit the model. None is taken then.
         """
+        for request in requests:
+            self._settle(request)
+        with self._changed:
+            self._admit(len(self._waiting))
+            for request in requests:
+                self._count += 1
+                request.number = self._count
+                self._waiting.append(request)
+            self._changed.notify()
+
+    def _settle(self, request: Request) -> None:
         if request.prompt_scores is not None:
             raise ValueError("echo: a prompt that the encoder reads has no log-probabilities")
         if not request.prompt:
@@ -111,12 +122,6 @@ class TargetEngine(Worker):
                 f"max_tokens: {request.settled.max_new_tokens} tokens behind a prompt of {len(request.prompt)}, needs "
                 f"{max(room, 0)} at most, and a prompt of {self.max_source}"
             )
-        with self._changed:
-            self._admit(len(self._waiting))
-            self._count += 1
-            request.number = self._count
-            self._waiting.append(request)
-            self._changed.notify()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since the start, and what runs now."""
@@ -139,7 +144,7 @@ class TargetEngine(Worker):
                 self._run_call()
                 self.run_batch()
         while self._waiting:
-            self._waiting.popleft().tell(Output(error=Overloaded("the server is shutting down")))
+            self._waiting.popleft().tell(Output(error=Overloaded(CLOSING)))
 
     def run_batch(self) -> None:
         """Run those that wait, as many as fit into a batch, to their ends."""
@@ -200,13 +205,14 @@ class TargetEngine(Worker):
             self.steps += 1
             self._accept(copies, logits)
             self._drop_running(copies)
+            self._drop_waiting()
             if self._stopped or all(each.row.done for each in copies):
                 break
             last = [each.made[-1] if each.made else self.start_ids[-1] for each in copies]
             logits = decoder.step(torch.tensor(last, device=self.device))
         for request in chosen:
             if request.unfinished:
-                self._fail(request, Overloaded("the server is shutting down"))
+                self._fail(request, Overloaded(CLOSING))
 
     def _accept(self, copies: list[Continuation], logits: Tensor) -> None:
         """Choose a token for each continuation that is not finished, by logits (N, V)."""
@@ -241,14 +247,16 @@ class TargetEngine(Worker):
     def _drop_waiting(self) -> None:
         now = time.monotonic()
         for request in list(self._waiting):
-            late = request.deadline is not None and now > request.deadline
-            if late:
-                request.tell(Output(error=DeadlineError("the request took longer than it may")))
-            if late or request.cancelled.is_set():
+            error: Exception | None = Overloaded(CLOSING) if self._refusing else None
+            if request.deadline is not None and now > request.deadline:
+                error = DeadlineError("the request took longer than it may")
+            if error is not None:
+                request.tell(Output(error=error))
+            if error is not None or request.cancelled.is_set():
                 self._waiting.remove(request)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if not isinstance(error, (ValueError, DeadlineError, Overloaded)):
+        if not isinstance(error, UNLOGGED):
             log.error("request %d failed", request.number, exc_info=error)
         self._end(request)
         request.tell(Output(error=error))

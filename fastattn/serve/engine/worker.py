@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from fastattn.serve.engine.requests import Overloaded
 
+CLOSING = "the server is shutting down"
+
 
 class Worker:
     """Base of the engine and of the worker of encoders: the thread, its queue's limits, and its end.
@@ -22,7 +24,7 @@ class Worker:
         self.name, self.max_queue = name, max_queue
         self._calls: deque[tuple[Callable[[], None], Callable[[Exception], None]]] = deque()
         self._changed = threading.Condition()
-        self._closing = self._stopped = False
+        self._closing = self._refusing = self._stopped = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -57,9 +59,20 @@ class Worker:
     def _admit(self, waiting: int) -> None:
         """Refuse one more where the worker is closing or `waiting` is the limit; the lock is held."""
         if self._closing:
-            raise Overloaded("the server is shutting down")
+            raise Overloaded(CLOSING)
         if waiting >= self.max_queue:
             raise Overloaded(f"{self.max_queue} requests are waiting already")
+
+    def close(self) -> None:
+        """Accept no more requests; those that have not begun fail at the thread's next step."""
+        with self._changed:
+            self._closing = self._refusing = True
+            self._changed.notify()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the thread has something to finish."""
+        return self.alive and bool(self._calls or self.busy)
 
     def drain(self, seconds: float) -> bool:
         """Accept no more requests and finish those there are, within `seconds`; whether all were finished."""
@@ -67,7 +80,7 @@ class Worker:
             self._closing = True
             self._changed.notify()
         end = time.monotonic() + seconds
-        while self.alive and (self._calls or self.busy) and time.monotonic() < end:
+        while self.unfinished and time.monotonic() < end:
             time.sleep(0.01)
         return not self.busy
 
@@ -86,4 +99,4 @@ class Worker:
             self._thread.join()
         while self._calls:
             _, refuse = self._calls.popleft()
-            refuse(Overloaded("the server is shutting down"))
+            refuse(Overloaded(CLOSING))

@@ -1,7 +1,7 @@
 "use strict";
 // The page asks the API of its own server, and nothing else.
 const $ = (id) => document.getElementById(id);
-const state = { models: [], tokens: [], chosen: -1, abort: null, text: "", maps: null, layer: 0, head: 0, query: 0 };
+const state = { models: [], tokens: [], chosen: -1, abort: null, runs: 0, draws: 0, text: "", maps: null, layer: 0, head: 0, query: 0 };
 const FIELDS = { // of an entry of /predict, by the task of the model
   classify: [["text", "Text"]],
   tag: [["text", "Text"]],
@@ -49,6 +49,8 @@ async function loadModels() {
 function chooseModel() {
   const model = current();
   if (!model) return;
+  state.runs++; // what another model still answers is not shown
+  state.abort?.abort();
   const generates = model.task === "generate";
   const fields = generates ? [["prompt", "Prompt"]] : FIELDS[model.task] || [["text", "Text"]];
   $("inputs").replaceChildren(...fields.map(([name, label]) => {
@@ -74,7 +76,7 @@ function chooseModel() {
 
 // Generation
 
-async function generate() {
+async function generate(run) {
   const prompt = $("input-prompt").value;
   Object.assign(state, { tokens: [], chosen: -1, text: prompt, abort: new AbortController() });
   $("tokens").replaceChildren(Object.assign(document.createElement("span"), { className: "prompt", textContent: prompt }));
@@ -90,6 +92,7 @@ async function generate() {
       temperature: Number($("temperature").value), top_p: Number($("top-p").value), seed: Number($("seed").value),
     }, state.abort.signal);
     for await (const data of events(response.body)) {
+      if (run !== state.runs) return;
       if (data.error) throw new Error(data.error.message);
       for (const choice of data.choices) addTokens(choice);
       $("progress").textContent = `${state.tokens.length} tokens, ${(1000 * state.tokens.length / (performance.now() - started)).toFixed(1)} a second`;
@@ -97,12 +100,12 @@ async function generate() {
   } finally {
     $("run").disabled = false;
     $("stop").disabled = true;
-    offerAttention();
+    if (run === state.runs) offerAttention();
   }
 }
 
 function offerAttention() {
-  $("attention-section").hidden = false;
+  $("attention-section").hidden = !current().attention;
   $("attention").hidden = true;
   $("attention-progress").textContent = "";
 }
@@ -176,7 +179,7 @@ function fill(table, rows) {
 
 // Predictions
 
-async function predict() {
+async function predict(run) {
   const body = {};
   for (const area of $("inputs").querySelectorAll("textarea")) body[area.name] = area.value;
   state.text = body.text ?? `${body.question}\n${body.context}`;
@@ -184,6 +187,7 @@ async function predict() {
   $("run").disabled = true;
   try {
     const found = await (await ask("predict", { model: $("model").value, data: [body] })).json();
+    if (run !== state.runs) return;
     showResult(found.predictions[0], body);
     $("results-section").hidden = false;
     offerAttention();
@@ -240,12 +244,14 @@ function showResult(found, body) {
 // Attention
 
 async function attend() {
+  const run = state.runs;
   $("attention-progress").textContent = "…";
   $("attend").disabled = true;
   try {
     const body = { model: $("model").value, text: state.text };
     if (state.pair && current().task === "qa") Object.assign(body, { text: state.pair[0], text_pair: state.pair[1] });
     const found = await (await ask("attention", body)).json();
+    if (run !== state.runs) return;
     const bytes = Uint8Array.from(atob(found.weights), (c) => c.charCodeAt(0));
     state.maps = { tokens: found.tokens, shape: found.shape, values: new Uint16Array(bytes.buffer) };
     state.layer = state.head = 0;
@@ -255,6 +261,7 @@ async function attend() {
     drawMaps();
     drawMap();
   } catch (error) {
+    if (run !== state.runs) return;
     $("attention-progress").textContent = "";
     say(error.message);
   } finally {
@@ -312,6 +319,9 @@ async function drawMap() {
   $(`map-${state.layer}-${state.head}`).setAttribute("aria-selected", "true");
   $("maps").setAttribute("aria-activedescendant", `map-${state.layer}-${state.head}`);
   $("map-title").textContent = `Layer ${state.layer}, head ${state.head}`;
+  const turn = ++state.draws;
+  const image = await createImageBitmap(picture(state.layer, state.head));
+  if (turn !== state.draws) return; // a later choice is drawn instead
   const cell = Math.max(8, Math.min(22, Math.floor(640 / Math.max(rows, columns))));
   const label = (text) => shown(text).slice(0, 14);
   const font = `${Math.min(12, cell)}px ui-monospace, monospace`;
@@ -327,7 +337,7 @@ async function drawMap() {
   const style = getComputedStyle(document.body);
   draw.scale(scale, scale);
   draw.imageSmoothingEnabled = false;
-  draw.drawImage(await createImageBitmap(picture(state.layer, state.head)), edge, edge, columns * cell, rows * cell);
+  draw.drawImage(image, edge, edge, columns * cell, rows * cell);
   draw.strokeStyle = style.getPropertyValue("--accent");
   draw.strokeRect(edge, edge + state.query * cell, columns * cell, cell);
   draw.fillStyle = style.color;
@@ -383,11 +393,14 @@ async function refresh() {
 
 async function run(event) {
   event.preventDefault();
+  if ($("run").disabled) return; // Ctrl+Enter comes here also while something runs
+  const run = ++state.runs;
   say("");
   $("progress").textContent = "";
   try {
-    await (current().task === "generate" ? generate() : predict());
+    await (current().task === "generate" ? generate(run) : predict(run));
   } catch (error) {
+    if (run !== state.runs) return;
     if (error.name === "AbortError") $("progress").textContent += ", stopped";
     else say(error.message);
   }
