@@ -43,6 +43,7 @@ def load_folder(
     import torch
 
     from fastattn.data import DataError, Tokenizer
+    from fastattn.data.vocabulary import check_vocabulary
     from fastattn.models import load
 
     try:
@@ -63,14 +64,12 @@ def load_folder(
             f"{folder}: its tokenizer cannot be used for both parts, the encoder has {sizes['encoder']} tokens and "
             f"the decoder {sizes['decoder']}; --target-tokenizer names the decoder's"
         )
-    for part, size in sizes.items():
-        of = written if part == "decoder" else tokenizer
-        largest = max(of.core.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= size:
-            where = target if of is not tokenizer else folder
-            raise InputError(
-                f"{where}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
-            )
+    try:
+        for part, size in sizes.items():
+            of, where = (written, target or folder) if part == "decoder" else (tokenizer, folder)
+            check_vocabulary(f"{where}: tokenizer", of.core, {part: size})
+    except DataError as error:
+        raise InputError(str(error)) from None
     if kind is None and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer, written
@@ -152,12 +151,17 @@ def continuations(
 
     written = tokenizer if written is None else written
     device = next(model.parameters()).device
+    size = next(iter(vocabularies(model).values()))  # of the part that reads prompts
     # one continuation of each prompt is printed, whatever the folder's generation_config asks for
     arguments = {**options, "tokenizer": written, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
-        if not ids.numel():
+        tokens = tokenizer.core.encode(prompt).ids
+        if not tokens:
             raise InputError("--prompt: got a text without a token")
+        if max(tokens) >= size:
+            token = tokenizer.core.id_to_token(max(tokens))
+            raise InputError(f"--prompt: holds {token!r}, a token that the model has no embedding for")
+        ids = torch.tensor([tokens], dtype=torch.int64, device=device)
         try:  # arguments are checked here, before any work
             causal, start, _, _ = behind_source(model, ids, None, {})
             beams = prepared(causal, start, None, Options(**arguments))[0].num_beams > 1

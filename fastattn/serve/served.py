@@ -17,6 +17,7 @@ from fastattn import console
 from fastattn.console import InputError
 from fastattn.data import DataError, Tokenizer
 from fastattn.data.chat import ChatTemplate
+from fastattn.data.vocabulary import check_vocabulary
 from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.serve.encoders import EncoderWorker
 from fastattn.serve.engine import Engine, TargetEngine
@@ -150,12 +151,7 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
 def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
     tokenizer = Tokenizer.from_pretrained(folder)
     model = _placed(families.load(folder, dtype=options.dtype), options)
-    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
-    for part, size in vocabularies(model).items():
-        if largest >= size:
-            raise InputError(
-                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
-            )
+    check_vocabulary(f"{folder}: tokenizer", tokenizer.core, vocabularies(model))
     engine = _engine(model, options)
     template = None if tokenizer.chat_template is None else ChatTemplate.of(tokenizer)
     strings = TokenStrings(tokenizer)

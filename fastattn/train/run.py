@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -212,7 +213,7 @@ def _prepare(inputs: Inputs) -> Prepared:
         to_save = tokenizer
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
-        check_fits(inputs.model, task, tokenizer)
+        check_fits(inputs.model, task, tokenizer, chain(Texts(data.train), Texts(data.dev)))
     torch.manual_seed(sections.train.seed)
     model = task.new_model(source, data.train, data.options, tokenizer)
     if getattr(task, "CHANGES_TOKENIZER", False):

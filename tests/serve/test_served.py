@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from serve_cases import save_gpt
 
 from fastattn.console import InputError
+from fastattn.data import Tokenizer
 from fastattn.serve import served
 from fastattn.serve.options import ServeOptions
 
@@ -50,6 +52,15 @@ def test_openmp_keeps_no_threads_of_the_loading() -> None:
     while len(made & set(os.listdir(TASKS))) > len(made) - 2 and time.monotonic() < end:
         time.sleep(0.01)
     assert len(made & set(os.listdir(TASKS))) <= len(made) - 2
+
+
+def test_a_tokenizer_with_added_tokens_beyond_the_vocabulary_is_served(tmp_path: Path) -> None:
+    model = save_gpt(tmp_path / "m")
+    of = Tokenizer.from_pretrained(tmp_path / "m")
+    of.core.add_special_tokens([f"<image {n}>" for n in range(model.config.vocab_size)])
+    of.save_pretrained(tmp_path / "m")
+    with pytest.warns(UserWarning, match="tokenizer: has the added token '<image"):
+        assert set(served.load_all([tmp_path / "m"], ServeOptions())) == {"m"}
 
 
 @pytest.mark.parametrize("error", [InputError("no such folder"), KeyboardInterrupt()], ids=repr)
