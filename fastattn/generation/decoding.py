@@ -75,7 +75,8 @@ def generate(
         eos_token_id: token or tokens of the vocabulary that end a row; None = the config's, an empty sequence = none.
         pad_token_id: what follows the end of a finished row; None = the config's, else the first end token.
         stop_strings: texts of which the first to be complete in a continuation ends it. Tokens that hold a character of
-            it are not returned. They need tokenizer, which turns ids into text.
+            it are not returned. They need tokenizer, which turns ids into text. One that is a special token, as
+            "<|im_end|>", ends a row like eos_token_id.
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.

@@ -12,6 +12,7 @@ import torch
 from fastattn.constants import MAX_INT32
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.sampling import LogitsProcessor
+from fastattn.generation.stopping import stop_tokens
 from fastattn.ops.arguments import is_integer, is_number
 
 NEW_TOKENS = 20  # as in transformers
@@ -81,6 +82,7 @@ class Options:
         given = _with_defaults(self, getattr(model, "generation_config", None), prompt_len)
         given._refuse_conflicts(prompts)
         stops = given.stop_strings or ()
+        strings = (stops,) if isinstance(stops, str) else tuple(stops)
         processors = given.logits_processor or ()
         return Settled(
             max_new_tokens=NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens),
@@ -97,7 +99,8 @@ class Options:
             num_return_sequences=int(given.num_return_sequences or 1),
             eos_token_id=given.eos_token_id,
             pad_token_id=given.pad_token_id,
-            stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
+            stop_strings=strings,
+            stop_ids=() if given.tokenizer is None else stop_tokens(given.tokenizer, strings),
             tokenizer=given.tokenizer,
             logits_processor=(processors,) if callable(processors) else tuple(processors),
             prompt_lookup_num_tokens=int(given.prompt_lookup_num_tokens or 0),
@@ -165,6 +168,7 @@ class Settled:
     eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
     stop_strings: tuple[str, ...]
+    stop_ids: tuple[int, ...]  # of those that are special tokens
     tokenizer: Decodes | None
     logits_processor: tuple[LogitsProcessor, ...]
     prompt_lookup_num_tokens: int

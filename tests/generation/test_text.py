@@ -132,6 +132,25 @@ def test_the_end_token_ends_text_and_is_no_part_of_it() -> None:
     assert "".join(stream_text(script(eos=eos), PROMPT, stop_strings="\n...", **options)) == TEXT
 
 
+@pytest.mark.parametrize("kind", ["fastattn", "tokenizers", "transformers"])
+def test_a_stop_string_may_be_a_special_token(kind: str) -> None:
+    own = train_bpe(["stop the end"] * 3, vocab_size=280, special_tokens=["<|im_end|>", "<|im_start|>"])
+    of: Any = own if kind == "fastattn" else own.core
+    if kind == "transformers":
+        of = pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_object=own.core)
+    end = own.core.token_to_id("<|im_end|>")
+    ids = [*own.encode("the end"), end, *own.encode(" stop")]
+    options: dict[str, Any] = {"tokenizer": of, "stop_strings": "<|im_end|>", "max_new_tokens": 40}
+    made = generate(Script(ids, own.vocab_size), PROMPT, **options)[0, PROMPT.shape[1] :]
+    assert made.tolist() == ids[: ids.index(end) + 1]
+    assert "".join(stream_text(Script(ids, own.vocab_size), PROMPT, **options)) == "the end"
+    written = own.core.encode_batch(["<|im_", "end|>"], add_special_tokens=False)  # as plain characters
+    script = Script([*own.encode("the "), *written[0].ids, *written[1].ids], own.vocab_size)
+    assert "".join(stream_text(script, PROMPT, **options)) == "the "
+    with pytest.raises(ValueError, match=r"^stop_strings: got '<\|im_end\|>\\n', which holds the special token"):
+        generate(script, PROMPT, **{**options, "stop_strings": ["x", "<|im_end|>\n"]})
+
+
 @pytest.mark.parametrize("length", range(20, 44))
 def test_a_character_that_is_not_complete_is_never_given(length: int) -> None:
     pieces = list(stream_text(script(), PROMPT, tokenizer=tokenizer(), max_new_tokens=length))
