@@ -16,7 +16,7 @@ from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, GPTConfig
 from fastattn.models.decodable import can_decode
-from fastattn.models.decoder_inputs import count_positions, next_tokens, visibility
+from fastattn.models.decoder_inputs import count_positions, embedding_scale, next_tokens, visibility
 from fastattn.models.losses import mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder
 from fastattn.models.tied import TiedWeight, shares_gradient
@@ -155,7 +155,7 @@ class GPT(Pretrained, nn.Module):
         tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if config.scale_embedding:
-            x = x * math.sqrt(config.n_embd)
+            x = x * embedding_scale(config.n_embd, self.wte.weight.dtype)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)  # (B, S, E)
         elif config.positions == "sinusoidal":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ from fastattn.models.checks import readable
 from fastattn.models.config import GPTConfig
 from fastattn.models.losses import check_targets
 from fastattn.nn.positions import positions_from_mask, positions_in_segments, positions_of_tokens
+
+
+def embedding_scale(width: int, dtype: torch.dtype) -> float:
+    """sqrt(width) rounded to a dtype, by which token embeddings of that dtype are multiplied, as in transformers."""
+    scale = math.sqrt(width)
+    step = torch.finfo(dtype).eps * 2.0 ** (math.frexp(scale)[1] - 1)  # between neighbouring numbers there
+    return round(scale / step) * step
 
 
 def visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
