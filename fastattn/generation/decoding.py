@@ -145,6 +145,9 @@ def prepared(
             f"input_ids: got {got}, needs int64 or int32 of shape (batch, length), a token at least"
         )
     batch, prompt_len = input_ids.shape
+    mask = _mask_of(input_ids, attention_mask)
+    if mask is not None:
+        prompt_len = max(mask.sum(1).tolist())  # padding has no positions
     settled = options.settled(model, prompt_len, batch)
     longest = prompt_len + settled.max_new_tokens - 1  # the last token is never fed back
     if model.max_positions is not None and longest > model.max_positions:
@@ -152,7 +155,7 @@ def prepared(
             f"max_new_tokens: a prompt of {prompt_len} and {settled.max_new_tokens} more tokens do not fit into "
             f"the model's {model.max_positions} learned positions"
         )
-    return settled, _mask_of(input_ids, attention_mask)
+    return settled, mask
 
 
 def rows_of(

@@ -39,6 +39,13 @@ def visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen
     return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
 
 
+def most_tokens(attention_mask: Tensor | None, width: int) -> int:
+    """The most real tokens of a row of so many columns; all of them in a program that is recorded."""
+    if attention_mask is None or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return width
+    return max((int(n) for n in (attention_mask != 0).sum(-1)), default=0)
+
+
 def count_positions(
     input_ids: Tensor,
     attention_mask: Tensor | None,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from generation_cases import make, prompts, theirs_and_ours, tokenizer
 
 from fastattn.generation.options import NOT_COMPUTED, Options
@@ -146,6 +147,33 @@ def test_options_that_do_not_go_together_are_refused_by_name_before_any_work(
     monkeypatch.setattr(GPT, "forward", lambda *args, **options: pytest.fail("worked"))
     with pytest.raises((TypeError, ValueError), match=f"^{complaint}"):
         make().generate(IDS, MASK, **options)
+
+
+WAYS: list[tuple[dict[str, Any], bool]] = [
+    *(({name: value}, True) for name, value in (("use_cache", False), ("num_beams", 2), ("prefill_chunk_size", 2))),
+    *(({name: value}, False) for name, value in (("use_cache", False), ("num_beams", 2), ("prefill_chunk_size", 2))),
+    *(({name: value}, False) for name, value in (("prompt_lookup_num_tokens", 3), ("batch_invariant", True))),
+    ({}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("options", "replaced"), WAYS, ids=str)
+def test_padding_to_a_fixed_width_takes_no_learned_positions(
+    side: str, options: dict[str, Any], replaced: bool
+) -> None:
+    model = make(torch.float64, n_positions=16)
+    ids, mask = prompts((5, 3), side)
+    if replaced:  # no decoder: the model's step
+        model.lm_head.register_forward_hook(lambda *args: None)
+    expected = model.generate(ids, mask, max_new_tokens=12, **options)[:, 5:]
+    pad = (9, 0) if side == "left" else (0, 9)
+    wide, wide_mask = F.pad(ids, pad), F.pad(mask, pad)
+    assert torch.equal(model.generate(wide, wide_mask, max_new_tokens=12, **options)[:, 14:], expected)
+    model.generation_config = {"max_length": 17}
+    assert torch.equal(model.generate(wide, wide_mask, **options)[:, 14:], expected)
+    with pytest.raises(ValueError, match=r"^max_new_tokens: a prompt of 5 and 13 more tokens do not fit"):
+        model.generate(wide, wide_mask, max_new_tokens=13, **options)
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
