@@ -96,10 +96,10 @@ def options_of(
     shaping = {name: value for name, value in shaping.items() if value is not None}
     options = {name: value for name, value in others.items() if value is not None}
     if temperature == 0.0:
-        if len(shaping) > 1:
-            raise InputError(
-                f"--temperature 0: is greedy decoding, which does not use {_flags(shaping, 'temperature')}"
-            )
+        from fastattn.generation.options import SHAPING
+
+        if idle := [name for name, value in shaping.items() if value not in (0.0, SHAPING[name])]:
+            raise InputError(f"--temperature 0: is greedy decoding, which does not use {_flags(idle)}")
         options["do_sample"] = False
     elif shaping:
         options |= {"do_sample": True, **shaping}
@@ -180,8 +180,8 @@ def continuations(
             raise InputError(str(error)) from None
 
 
-def _flags(names: dict[str, Any], without: str) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name != without)
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _read_data(path: Path) -> Iterator[str]:

@@ -34,7 +34,7 @@ def generate(
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, max=MAX_INT32, help="Keep the k likeliest tokens.")
+        int | None, typer.Option(min=0, max=MAX_INT32, help="Keep the k likeliest tokens; 0 keeps all.")
     ] = None,
     top_p: Annotated[
         float | None,

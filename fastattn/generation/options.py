@@ -16,6 +16,8 @@ from fastattn.generation.stopping import stop_tokens
 from fastattn.ops.arguments import is_integer, is_number
 
 NEW_TOKENS = 20  # as in transformers
+SHAPING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # without effect
+SCORING: dict[str, float] = {"length_penalty": 1.0, "early_stopping": False}  # without effect where there are no beams
 
 # What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
 HONOURED = (
@@ -88,9 +90,9 @@ class Options:
             max_new_tokens=NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens),
             do_sample=bool(given.do_sample),
             temperature=1.0 if given.temperature is None else float(given.temperature),
-            top_k=None if given.top_k is None else int(given.top_k),
-            top_p=None if given.top_p is None else float(given.top_p),
-            min_p=None if given.min_p is None else float(given.min_p),
+            top_k=int(given.top_k) if given.top_k else None,
+            top_p=None if given.top_p in (None, 1.0) else float(given.top_p),
+            min_p=float(given.min_p) if given.min_p else None,
             repetition_penalty=1.0 if given.repetition_penalty is None else float(given.repetition_penalty),
             presence_penalty=0.0 if given.presence_penalty is None else float(given.presence_penalty),
             num_beams=int(given.num_beams or 1),
@@ -117,9 +119,7 @@ class Options:
 
         beams, sequences = self.num_beams or 1, self.num_return_sequences or 1
         if not self.do_sample:
-            shaping = {n: getattr(self, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-            idle = [n for n, v in shaping.items() if v is not None and (n, v) != ("temperature", 1.0)]
-            if idle:
+            if idle := [n for n, neutral in SHAPING.items() if getattr(self, n) not in (None, neutral)]:
                 refuse(", ".join(idle), "shapes sampling, needs do_sample=True")
         if self.batch_invariant and not self.use_cache:
             refuse("batch_invariant", "got True with use_cache=False, needs a cache")
@@ -127,7 +127,7 @@ class Options:
             refuse("seed", "give a seed or a generator, not both")
         if isinstance(self.seed, Sequence) and len(self.seed) != prompts:
             refuse("seed", f"got {len(self.seed)} seeds, needs one, or one for each of {prompts} prompts")
-        if self.stop_strings is not None and self.tokenizer is None:
+        if self.stop_strings and self.tokenizer is None:
             refuse("stop_strings", "needs tokenizer=, which turns ids into the text they are looked for in")
         if beams > 1:
             for name in ("do_sample", "stop_strings", "prompt_lookup_num_tokens"):
@@ -136,8 +136,8 @@ class Options:
             if sequences > beams:
                 refuse("num_return_sequences", f"got {sequences}, needs num_beams={beams} at most")
         else:
-            for name in ("length_penalty", "early_stopping"):
-                if getattr(self, name) is not None:
+            for name, neutral in SCORING.items():
+                if getattr(self, name) not in (None, neutral):
                     refuse(name, "scores beams, needs num_beams of 2 or more")
             if sequences > 1 and not self.do_sample:
                 refuse("num_return_sequences", f"got {sequences}, needs do_sample=True or num_beams")
@@ -190,16 +190,14 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
                 f"model.generation_config to generate without it"
             )
     named = {name: config[name] for name in HONOURED if config.get(name) is not None}
-    if named.get("top_k") == 0:  # transformers' way to say that all are kept
-        del named["top_k"]
     longest = config.get("max_length")
     if "max_new_tokens" not in named and longest is not None and is_integer(longest):
         named["max_new_tokens"] = max(int(longest) - prompt_len, 0)
     sampling = options.do_sample if options.do_sample is not None else named.get("do_sample", False)
     beams = options.num_beams if options.num_beams is not None else named.get("num_beams", 1)
     for names, used in (
-        (("temperature", "top_k", "top_p", "min_p"), sampling),
-        (("length_penalty", "early_stopping"), is_integer(beams) and beams > 1),
+        (SHAPING, sampling),
+        (SCORING, is_integer(beams) and beams > 1),
     ):
         if not used:  # as in transformers, they have no effect until it is on
             named = {name: value for name, value in named.items() if name not in names}
@@ -248,8 +246,8 @@ def _strings(name: str, value: Any) -> None:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple, set, frozenset)) or not all(isinstance(t, str) for t in texts):
         raise TypeError(f"{name}: got {value!r}, needs a string or a list of strings")
-    if not texts or not all(texts):
-        raise ValueError(f"{name}: got {value!r}, needs one string or more, none of them empty")
+    if not all(texts):
+        raise ValueError(f"{name}: got {value!r}, needs strings that are not empty")
 
 
 def _tokenizer(name: str, value: Any) -> None:
@@ -280,7 +278,7 @@ _CHECKS: dict[str, Check] = {
     "max_new_tokens": _whole(0),
     "do_sample": _flag,
     "temperature": _real("a positive finite number; do_sample=False is greedy", lambda x: x > 0),
-    "top_k": _whole(1),
+    "top_k": _whole(0),
     "top_p": _real("0 < top_p <= 1", lambda x: 0 < x <= 1),
     "min_p": _real("0 <= min_p <= 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": _real("a positive finite number", lambda x: x > 0),
@@ -292,7 +290,7 @@ _CHECKS: dict[str, Check] = {
     "stop_strings": _strings,
     "tokenizer": _tokenizer,
     "logits_processor": _processors,
-    "prompt_lookup_num_tokens": _whole(1),
+    "prompt_lookup_num_tokens": _whole(0),
     "prefill_chunk_size": _whole(1),
     "seed": _seed,
     "generator": _generator,

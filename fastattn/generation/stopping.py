@@ -11,6 +11,9 @@ from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.ops.arguments import is_integer
 
 
+NONE = (None, -1)  # how files say that there is no such token
+
+
 def special_tokens(
     model: CausalLM,
     eos_token_id: int | Sequence[int] | None,
@@ -54,9 +57,11 @@ def special_tokens(
 
 def _default(model: CausalLM, name: str) -> Any:
     found = (getattr(model, "generation_config", None) or {}).get(name)
-    if found is None:
-        return getattr(model.config, name)
     several = isinstance(found, (list, tuple)) and name == "eos_token_id"
+    if several:
+        found = [token for token in found if token not in NONE]
+    if not several and found in NONE:
+        return getattr(model.config, name)
     if not all(map(is_integer, found if several else [found])):
         raise ValueError(f"generation_config: {name}: got {found!r}, needs a token id")
     return found

@@ -62,6 +62,7 @@ def expected(folder: Path, prompt: str, kind: str | None = None, **options: Any)
 WAYS: list[tuple[list[str], dict[str, Any]]] = [
     ([], {}),
     (["--temperature=0"], {}),
+    (["--temperature=0", "--top-p=1", "--top-k=0", "--min-p=0"], {}),
     (
         ["--temperature=2.5", "--top-k=30", "--top-p=0.9", "--min-p=0.01", "--seed=3"],
         {"do_sample": True, "temperature": 2.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 3},

@@ -40,6 +40,8 @@ CONFIGS: list[
     ),
     ({"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0}, {}),  # they wait for do_sample and num_beams
     ({"do_sample": True, "top_k": 0}, {"do_sample": True}),
+    ({"pad_token_id": -1, "eos_token_id": -1}, {}),
+    ({"pad_token_id": -1, "eos_token_id": [-1, 9]}, {"eos_token_id": 9}),
     ({"eos_token_id": 50256, "transformers_version": "5.0", "_from_model_config": True}, {}),
 ]
 
@@ -55,6 +57,29 @@ def test_arguments_come_before_a_config() -> None:
     model = with_config(do_sample=True, temperature=9.0, max_new_tokens=3, eos_token_id=list(range(61)))
     plain = make(torch.float64).generate(IDS, MASK, max_new_tokens=8)
     assert torch.equal(model.generate(IDS, MASK, max_new_tokens=8, do_sample=False, eos_token_id=[]), plain)
+
+
+NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what is given, and what it switches off in a folder
+    ({"do_sample": True, "top_k": 0}, {"top_k": 2}),
+    ({"do_sample": True, "top_p": 1.0}, {"top_p": 0.1}),
+    ({"do_sample": True, "min_p": 0.0}, {"min_p": 0.9}),
+    ({"do_sample": True, "temperature": 1.0}, {"temperature": 0.01}),
+    ({"do_sample": True, "stop_strings": []}, {"stop_strings": ["0"]}),
+    ({"repetition_penalty": 1.0}, {"repetition_penalty": 9.0}),
+    ({"prompt_lookup_num_tokens": 0, "use_cache": False}, {"prompt_lookup_num_tokens": 3}),
+    ({"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"do_sample": True}),
+    ({"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}, {"num_beams": 3}),
+]
+
+
+@pytest.mark.parametrize(("given", "folder"), NEUTRAL, ids=str)
+def test_a_value_without_effect_is_accepted_and_comes_before_a_folder_s(
+    given: dict[str, Any], folder: dict[str, Any]
+) -> None:
+    sampling = {"do_sample": True, "seed": 0} if given.get("do_sample") else {}
+    expected = make(torch.float64).generate(IDS, MASK, max_new_tokens=8, **sampling)
+    made = with_config(**folder).generate(IDS, MASK, max_new_tokens=8, **{**given, **sampling})
+    assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("key", NOT_COMPUTED)
