@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from fastattn.data import Tokenizer
 
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")  # files that a folder with a tokenizer has one of
+
+
 def check_folder(folder: Path) -> None:
-    """Raise InputError unless it is a folder with a config.json."""
+    """Raise InputError unless it is a folder with a config.json, or with an adapter."""
     console.check_folder(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
 
 
@@ -37,6 +40,8 @@ def load_folder(
 ) -> tuple[Any, Tokenizer, Tokenizer]:
     """The model, on a GPU where there is one, the tokenizer of its input and that of its output.
 
+    An adapter's folder may leave the tokenizer to the folder of its base model.
+
     kind: "int8" for 8-bit weights, on a CPU. target: the folder of the tokenizer of an encoder-decoder's targets, where
     that is not the one of its sources.
     """
@@ -46,10 +51,12 @@ def load_folder(
     from fastattn.data.vocabulary import check_vocabulary
     from fastattn.models import load
 
+    own = any((folder / name).is_file() for name in ("config.json", *TOKENIZERS))
     try:
-        tokenizer = Tokenizer.from_pretrained(folder)
-        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
+        found = Tokenizer.from_pretrained(folder) if own else None
         model: Any = load(folder)
+        tokenizer = found or Tokenizer.from_pretrained(model.loaded_from)
+        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
         if not hasattr(model, "generate"):
             raise InputError(f"{folder}: holds a {type(model).__name__}, which does not generate text")
         if kind is not None:

@@ -24,6 +24,8 @@ from fastattn.models import (
     EncoderDecoderConfig,
     bert_decoder,
 )
+from fastattn.models.lora import adapters_of, attach, merge
+from fastattn.models.peft import save_adapter
 from fastattn.models.steps import GPTDecoder
 
 PROMPT = "stop the end"
@@ -233,6 +235,25 @@ def test_one_model_writes_what_it_reads(folder: Path) -> None:
     assert (
         err == f"fastattn: --target-tokenizer: {folder} holds no encoder-decoder, it writes what it reads\n"
     )
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_an_adapter_generates_with_the_model_that_it_names(
+    folder: Path, with_tokenizer: bool, tmp_path: Path
+) -> None:
+    model = attach(GPT.from_pretrained(folder), r=4)
+    torch.manual_seed(0)
+    for adapter in adapters_of(model):
+        torch.nn.init.normal_(adapter.lora_B)
+    save_adapter(model, tmp_path)
+    if with_tokenizer:
+        tokenizer().save_pretrained(tmp_path)
+    words = [f"--prompt={PROMPT}", "--max-new-tokens=12"]
+    code, out, err = invoke(tmp_path, *words)
+    merge(model).save_pretrained(tmp_path / "merged", tokenizer=tokenizer())
+    assert (code, err) == (0, "")
+    assert out == invoke(tmp_path / "merged", *words)[1]
+    assert out != invoke(folder, *words)[1]
 
 
 @pytest.mark.parametrize("kind", ["unnamed end", "word pieces"])
