@@ -63,7 +63,7 @@ def generate(
         do_sample: draw from the distribution, else take the most likely token.
         temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
             likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
-            They need do_sample. top_k=0, top_p=1.0 and min_p=0.0 keep every token, also where the folder's file does not.
+            They need do_sample. top_k=0, top_p=1.0 and min_p=0.0 keep every token, whatever the folder's file says.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
         presence_penalty: is subtracted from the logits of tokens in the continuation.
         num_beams: sequences that beam search keeps for each prompt; 1 = no beam search.
@@ -80,9 +80,9 @@ def generate(
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.
-        prompt_lookup_num_tokens: most tokens, 0 = none, that are guessed from an earlier occurrence of the last ones and checked
-            in one step. Guessing stops where it does not pay, which is timed in the run. The result is the same as
-            without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
+        prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
+            in one step; 0 = none. Guessing stops where it does not pay, which is timed in the run. The result is the
+            same as without it: bit by bit with batch_invariant, else unless two logits are closer than rounding.
         prefill_chunk_size: most tokens of a prompt that are read at once; bounds memory.
         seed: makes sampling reproducible: row r draws from stream r of the seed, whatever else is in the batch. A list
             has a seed for each prompt, whose continuations draw as they do alone with that seed.

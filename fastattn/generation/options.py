@@ -17,7 +17,10 @@ from fastattn.ops.arguments import is_integer, is_number
 
 NEW_TOKENS = 20  # as in transformers
 SHAPING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # without effect
-SCORING: dict[str, float] = {"length_penalty": 1.0, "early_stopping": False}  # without effect where there are no beams
+SCORING: dict[str, float] = {
+    "length_penalty": 1.0,
+    "early_stopping": False,
+}  # without effect where there are no beams
 
 # What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
 HONOURED = (
@@ -118,9 +121,9 @@ class Options:
             raise ValueError(f"{names}: {reason}")
 
         beams, sequences = self.num_beams or 1, self.num_return_sequences or 1
-        if not self.do_sample:
-            if idle := [n for n, neutral in SHAPING.items() if getattr(self, n) not in (None, neutral)]:
-                refuse(", ".join(idle), "shapes sampling, needs do_sample=True")
+        shaping = [n for n, neutral in SHAPING.items() if getattr(self, n) not in (None, neutral)]
+        if shaping and not self.do_sample:
+            refuse(", ".join(shaping), "shapes sampling, needs do_sample=True")
         if self.batch_invariant and not self.use_cache:
             refuse("batch_invariant", "got True with use_cache=False, needs a cache")
         if self.seed is not None and self.generator is not None:

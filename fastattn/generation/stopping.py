@@ -10,7 +10,6 @@ from torch import Tensor
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.ops.arguments import is_integer
 
-
 NONE = (None, -1)  # how files say that there is no such token
 
 
@@ -56,7 +55,7 @@ def special_tokens(
 
 
 def _default(model: CausalLM, name: str) -> Any:
-    found = (getattr(model, "generation_config", None) or {}).get(name)
+    found: Any = (getattr(model, "generation_config", None) or {}).get(name)
     several = isinstance(found, (list, tuple)) and name == "eos_token_id"
     if several:
         found = [token for token in found if token not in NONE]

@@ -39,11 +39,17 @@ def visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen
     return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
 
 
-def most_tokens(attention_mask: Tensor | None, width: int) -> int:
-    """The most real tokens of a row of so many columns; all of them in a program that is recorded."""
-    if attention_mask is None or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return width
-    return max((int(n) for n in (attention_mask != 0).sum(-1)), default=0)
+def check_learned_positions(config: GPTConfig, most: int, width: int, attention_mask: Tensor | None) -> None:
+    """Refuse a row of `width` columns with more than `most` real tokens; in a program that is recorded, all count."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if width > most and attention_mask is not None and not recorded:
+        width = max((int(n) for n in (attention_mask != 0).sum(-1)), default=0)
+    if width > most:
+        offset = config.position_offset
+        raise ValueError(
+            f"input_ids: {width} tokens is more than n_positions={config.n_positions}"
+            f"{f' - position_offset={offset}' if offset else ''}, the learned positions there are"
+        )
 
 
 def count_positions(

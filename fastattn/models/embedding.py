@@ -24,7 +24,8 @@ from fastattn.ops.arguments import is_integer
 POOLINGS = ("mean", "cls", "max")
 MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 SETTINGS_OF_OLD = tuple(  # read where the first is missing, in the order of sentence-transformers
-    f"sentence_{kind}_config.json" for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    f"sentence_{kind}_config.json"
+    for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _TRANSFORMER, _POOLING, _NORMALIZE = "Transformer", "Pooling", "Normalize"
 Model = TypeVar("Model", bound="BertForEmbedding")
@@ -119,7 +120,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
     def prepared(
         self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> list[str]:
-        """Texts as they are tokenised, behind the prompt of `encode`: both in lower case where the folder asks for it."""
+        """Texts as they are tokenised: behind the prompt of `encode`, and with it in lower case by the folder."""
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
         front = self._prompt(prompt_name) if prompt is None else prompt

@@ -44,7 +44,7 @@ def quantize_linears(model: nn.Module, kind: str | None) -> int:
     """Turn the `Linear` layers in a model's numbered layers into `Int8Linear`, or back with None; returns their number.
 
     Raises:
-        ValueError: kind is neither "int8" nor None, or a layer is of a class made of `Linear`, as one with adapters.
+        ValueError: kind is neither "int8" nor None, or a layer is of a subclass of `Linear`, as with adapters.
     """
     check_kind("kind", kind)
     stacked = [(name, module) for name, module in model.named_modules() if in_numbered_layer(name)]

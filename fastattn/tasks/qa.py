@@ -311,8 +311,10 @@ def answers_of(
 
     def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
         number, row = flat[index]
-        logits = (each[place, : len(row.ids)] for each in (outputs.start_logits, outputs.end_logits))
-        spans, none = decode(*logits, row, top_k)
+        length = len(row.ids)
+        spans, none = decode(
+            outputs.start_logits[place, :length], outputs.end_logits[place, :length], row, top_k
+        )
         return [(score, *trimmed(contexts[number], a, b)) for score, a, b in spans], none
 
     results = run(model, [row for _, row in flat], batch_size, take)

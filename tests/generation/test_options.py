@@ -59,7 +59,9 @@ def test_arguments_come_before_a_config() -> None:
     assert torch.equal(model.generate(IDS, MASK, max_new_tokens=8, do_sample=False, eos_token_id=[]), plain)
 
 
-NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what is given, and what it switches off in a folder
+NEUTRAL: list[
+    tuple[dict[str, Any], dict[str, Any]]
+] = [  # what is given, and what it switches off in a folder
     ({"do_sample": True, "top_k": 0}, {"top_k": 2}),
     ({"do_sample": True, "top_p": 1.0}, {"top_p": 0.1}),
     ({"do_sample": True, "min_p": 0.0}, {"min_p": 0.9}),

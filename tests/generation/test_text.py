@@ -147,7 +147,9 @@ def test_a_stop_string_may_be_a_special_token(kind: str) -> None:
     written = own.core.encode_batch(["<|im_", "end|>"], add_special_tokens=False)  # as plain characters
     script = Script([*own.encode("the "), *written[0].ids, *written[1].ids], own.vocab_size)
     assert "".join(stream_text(script, PROMPT, **options)) == "the "
-    with pytest.raises(ValueError, match=r"^stop_strings: got '<\|im_end\|>\\n', which holds the special token"):
+    with pytest.raises(
+        ValueError, match=r"^stop_strings: got '<\|im_end\|>\\n', which holds the special token"
+    ):
         generate(script, PROMPT, **{**options, "stop_strings": ["x", "<|im_end|>\n"]})
 
 
@@ -178,7 +180,7 @@ def test_bytes_that_are_no_character_are_given_once_that_is_certain() -> None:
     assert row.safe == len(pool)
 
 
-CHINESE = "他说，它企图了解人工智能的架构，它企图了解世界。"
+CHINESE = "他说、它企图了解人工智能的架构、它企图了解世界。"
 LINES = [
     f"{CHINESE}[架构]。",
     "東京都に住んでいる人々は、毎朝電車に乗る。",

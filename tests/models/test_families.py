@@ -202,10 +202,18 @@ def test_a_folder_goes_both_ways_value_by_value(name: str, both: tuple[Any, GPT]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["Gemma2", "Gemma3"])
-def test_embeddings_are_scaled_by_a_number_of_their_dtype(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_embeddings_are_scaled_by_a_number_of_their_dtype(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """sqrt(640) is no number of any of them, and 0.19 % from bfloat16's nearest."""
     name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    sizes = {"vocab_size": 64, "hidden_size": 640, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 640,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
     config = getattr(transformers, name)(**sizes, num_attention_heads=2, num_key_value_heads=1)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
     theirs.save_pretrained(tmp_path)

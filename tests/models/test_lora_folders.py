@@ -43,13 +43,15 @@ def test_a_quantized_model_takes_no_adapters(kind, saved, tmp_path):
     model.save_pretrained(base, quantize="int8" if saved else None)
     small = load(base, quantize=None if saved else "int8")
     for put in (attach, lambda small: load_adapter(small, tmp_path / "adapter")):
-        with pytest.raises(ValueError, match=r"^model: .*is quantized to 8 bits, needs model\.quantize\(None\)"):
+        with pytest.raises(
+            ValueError, match=r"^model: .*is quantized to 8 bits, needs model\.quantize\(None\)"
+        ):
             put(small)
     assert not any(True for _ in adapters_of(small))
     small.quantize(None)
     adapted = attach(small, targets=["c_attn"] if kind == "gpt" else ["query"])
     assert len(list(adapters_of(adapted))) == 2
-    with pytest.raises(ValueError, match="^kind: "):
+    with pytest.raises(ValueError, match=r"^kind: "):
         adapted.quantize("int8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def test_added_tokens_beyond_the_vocabulary_are_refused_in_texts_only(tmp_path: 
     assert tokenizer.core.token_to_id("<image>") == model.config.vocab_size
     with pytest.warns(UserWarning, match=r"^tokenizer: has the added token '<image>' beyond"):
         check_fits(str(tmp_path), causal_lm, tokenizer, ["a river"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with pytest.raises(DataError, match=r"^data: a text holds '<image>', a token that the model has no"):
             check_fits(str(tmp_path), causal_lm, tokenizer, ["a river", "an <image>"])
         padded = Tokenizer(tokenizer.core, eos_token=tokenizer.eos_token, pad_token="<image>")
