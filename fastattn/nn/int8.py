@@ -51,8 +51,8 @@ def quantize_linears(model: nn.Module, kind: str | None) -> int:
     for name, module in stacked:
         if kind is not None and isinstance(module, Linear) and type(module) not in (Linear, Int8Linear):
             raise ValueError(
-                f"kind: got {kind!r}, but {name} is a {type(module).__name__}, needs {Linear.__name__}; merge or detach "
-                f"adapters first"
+                f"kind: got {kind!r}, but {name} is a {type(module).__name__}, needs {Linear.__name__}; merge or "
+                f"detach adapters first"
             )
     forget(model)
     before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
