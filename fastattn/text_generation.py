@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from fastattn.data import Tokenizer
 
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")  # files that a folder with a tokenizer has one of
+
+
 def check_folder(folder: Path) -> None:
-    """Raise InputError unless it is a folder with a config.json."""
+    """Raise InputError unless it is a folder with a config.json, or with an adapter."""
     console.check_folder(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError(f"{folder}: holds no config.json, needs a model's folder")
 
 
@@ -37,18 +40,23 @@ def load_folder(
 ) -> tuple[Any, Tokenizer, Tokenizer]:
     """The model, on a GPU where there is one, the tokenizer of its input and that of its output.
 
+    An adapter's folder may leave the tokenizer to the folder of its base model.
+
     kind: "int8" for 8-bit weights, on a CPU. target: the folder of the tokenizer of an encoder-decoder's targets, where
     that is not the one of its sources.
     """
     import torch
 
     from fastattn.data import DataError, Tokenizer
+    from fastattn.data.vocabulary import check_vocabulary
     from fastattn.models import load
 
+    own = any((folder / name).is_file() for name in ("config.json", *TOKENIZERS))
     try:
-        tokenizer = Tokenizer.from_pretrained(folder)
-        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
+        found = Tokenizer.from_pretrained(folder) if own else None
         model: Any = load(folder)
+        tokenizer = found or Tokenizer.from_pretrained(model.loaded_from)
+        written = tokenizer if target is None else Tokenizer.from_pretrained(target)
         if not hasattr(model, "generate"):
             raise InputError(f"{folder}: holds a {type(model).__name__}, which does not generate text")
         if kind is not None:
@@ -63,14 +71,12 @@ def load_folder(
             f"{folder}: its tokenizer cannot be used for both parts, the encoder has {sizes['encoder']} tokens and "
             f"the decoder {sizes['decoder']}; --target-tokenizer names the decoder's"
         )
-    for part, size in sizes.items():
-        of = written if part == "decoder" else tokenizer
-        largest = max(of.core.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= size:
-            where = target if of is not tokenizer else folder
-            raise InputError(
-                f"{where}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
-            )
+    try:
+        for part, size in sizes.items():
+            of, where = (written, target or folder) if part == "decoder" else (tokenizer, folder)
+            check_vocabulary(f"{where}: tokenizer", of.core, {part: size})
+    except DataError as error:
+        raise InputError(str(error)) from None
     if kind is None and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer, written
@@ -97,10 +103,10 @@ def options_of(
     shaping = {name: value for name, value in shaping.items() if value is not None}
     options = {name: value for name, value in others.items() if value is not None}
     if temperature == 0.0:
-        if len(shaping) > 1:
-            raise InputError(
-                f"--temperature 0: is greedy decoding, which does not use {_flags(shaping, 'temperature')}"
-            )
+        from fastattn.generation.options import SHAPING
+
+        if idle := [name for name, value in shaping.items() if value not in (0.0, SHAPING[name])]:
+            raise InputError(f"--temperature 0: is greedy decoding, which does not use {_flags(idle)}")
         options["do_sample"] = False
     elif shaping:
         options |= {"do_sample": True, **shaping}
@@ -152,12 +158,17 @@ def continuations(
 
     written = tokenizer if written is None else written
     device = next(model.parameters()).device
+    size = next(iter(vocabularies(model).values()))  # of the part that reads prompts
     # one continuation of each prompt is printed, whatever the folder's generation_config asks for
     arguments = {**options, "tokenizer": written, "num_return_sequences": 1}
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([tokenizer.core.encode(prompt).ids], dtype=torch.int64, device=device)
-        if not ids.numel():
+        tokens = tokenizer.core.encode(prompt).ids
+        if not tokens:
             raise InputError("--prompt: got a text without a token")
+        if max(tokens) >= size:
+            token = tokenizer.core.id_to_token(max(tokens))
+            raise InputError(f"--prompt: holds {token!r}, a token that the model has no embedding for")
+        ids = torch.tensor([tokens], dtype=torch.int64, device=device)
         try:  # arguments are checked here, before any work
             causal, start, _, _ = behind_source(model, ids, None, {})
             beams = prepared(causal, start, None, Options(**arguments))[0].num_beams > 1
@@ -176,8 +187,8 @@ def continuations(
             raise InputError(str(error)) from None
 
 
-def _flags(names: dict[str, Any], without: str) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name != without)
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _read_data(path: Path) -> Iterator[str]:

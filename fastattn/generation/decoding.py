@@ -62,9 +62,9 @@ def generate(
         attention_mask: (B, S), nonzero = a real token, of which each row has one; None = all are.
         max_new_tokens: most tokens to add, 20 by default; fewer where every row has ended.
         do_sample: draw from the distribution, else take the most likely token.
-        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens, 0 = all; then the fewest of
-            the likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
-            They need do_sample.
+        temperature, top_k, top_p, min_p: divide the logits; keep the k likeliest tokens; then the fewest of the
+            likeliest that together reach probability p; then those at least min_p times as likely as the likeliest.
+            They need do_sample. top_k=0, top_p=1.0 and min_p=0.0 keep every token, whatever the folder's file says.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
         presence_penalty: is subtracted from the logits of tokens in the continuation.
         num_beams: sequences that beam search keeps for each prompt; 1 = no beam search.
@@ -76,7 +76,8 @@ def generate(
         eos_token_id: token or tokens of the vocabulary that end a row; None = the config's, an empty sequence = none.
         pad_token_id: what follows the end of a finished row; None = the config's, else the first end token.
         stop_strings: texts of which the first to be complete in a continuation ends it. Tokens that hold a character of
-            it are not returned. They need tokenizer, which turns ids into text.
+            it are not returned. They need tokenizer, which turns ids into text. One that is a special token, as
+            "<|im_end|>", ends a row like eos_token_id. An empty list = none.
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
             penalties, as in transformers.
@@ -152,6 +153,9 @@ def prepared(
             f"input_ids: got {got}, needs int64 or int32 of shape (batch, length), a token at least"
         )
     batch, prompt_len = input_ids.shape
+    mask = _mask_of(input_ids, attention_mask)
+    if mask is not None:
+        prompt_len = max(mask.sum(1).tolist())  # padding has no positions
     settled = options.settled(model, prompt_len, batch)
     longest = prompt_len + settled.max_new_tokens - 1  # the last token is never fed back
     if model.max_positions is not None and longest > model.max_positions:
@@ -159,7 +163,7 @@ def prepared(
             f"max_new_tokens: a prompt of {prompt_len} and {settled.max_new_tokens} more tokens do not fit into "
             f"the model's {model.max_positions} learned positions"
         )
-    return settled, _mask_of(input_ids, attention_mask)
+    return settled, mask
 
 
 def rows_of(

@@ -12,16 +12,21 @@ import torch
 from fastattn.constants import MAX_INT32
 from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.generation.sampling import LogitsProcessor
+from fastattn.generation.stopping import stop_tokens
 from fastattn.ops.arguments import is_integer, is_number
 
 NEW_TOKENS = 20  # as in transformers
+SHAPING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # without effect
+SCORING: dict[str, float] = {
+    "length_penalty": 1.0,
+    "early_stopping": False,
+}  # without effect where there are no beams
 
 # What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
 HONOURED = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
     "length_penalty", "early_stopping", "num_return_sequences", "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
-NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # with these every token can be drawn
 NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # key -> its values without effect
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (None, 0)),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (None, 0)),
@@ -82,14 +87,15 @@ class Options:
         given = _with_defaults(self, getattr(model, "generation_config", None), prompt_len)
         given._refuse_conflicts(prompts)
         stops = given.stop_strings or ()
+        strings = (stops,) if isinstance(stops, str) else tuple(stops)
         processors = given.logits_processor or ()
         return Settled(
             max_new_tokens=NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens),
             do_sample=bool(given.do_sample),
             temperature=1.0 if given.temperature is None else float(given.temperature),
             top_k=int(given.top_k) if given.top_k else None,
-            top_p=None if given.top_p is None else float(given.top_p),
-            min_p=None if given.min_p is None else float(given.min_p),
+            top_p=None if given.top_p in (None, 1.0) else float(given.top_p),
+            min_p=float(given.min_p) if given.min_p else None,
             repetition_penalty=1.0 if given.repetition_penalty is None else float(given.repetition_penalty),
             presence_penalty=0.0 if given.presence_penalty is None else float(given.presence_penalty),
             num_beams=int(given.num_beams or 1),
@@ -98,7 +104,8 @@ class Options:
             num_return_sequences=int(given.num_return_sequences or 1),
             eos_token_id=given.eos_token_id,
             pad_token_id=given.pad_token_id,
-            stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
+            stop_strings=strings,
+            stop_ids=() if given.tokenizer is None else stop_tokens(given.tokenizer, strings),
             tokenizer=given.tokenizer,
             logits_processor=(processors,) if callable(processors) else tuple(processors),
             prompt_lookup_num_tokens=int(given.prompt_lookup_num_tokens or 0),
@@ -114,18 +121,16 @@ class Options:
             raise ValueError(f"{names}: {reason}")
 
         beams, sequences = self.num_beams or 1, self.num_return_sequences or 1
-        if not self.do_sample:
-            shaping = {n: getattr(self, n) for n in ("temperature", "top_k", "top_p", "min_p")}
-            idle = [n for n, v in shaping.items() if v is not None and v != NEUTRAL[n]]
-            if idle:
-                refuse(", ".join(idle), "shapes sampling, needs do_sample=True")
+        shaping = [n for n, neutral in SHAPING.items() if getattr(self, n) not in (None, neutral)]
+        if shaping and not self.do_sample:
+            refuse(", ".join(shaping), "shapes sampling, needs do_sample=True")
         if self.batch_invariant and not self.use_cache:
             refuse("batch_invariant", "got True with use_cache=False, needs a cache")
         if self.seed is not None and self.generator is not None:
             refuse("seed", "give a seed or a generator, not both")
         if isinstance(self.seed, Sequence) and len(self.seed) != prompts:
             refuse("seed", f"got {len(self.seed)} seeds, needs one, or one for each of {prompts} prompts")
-        if self.stop_strings is not None and self.tokenizer is None:
+        if self.stop_strings and self.tokenizer is None:
             refuse("stop_strings", "needs tokenizer=, which turns ids into the text they are looked for in")
         if beams > 1:
             for name in ("do_sample", "stop_strings", "prompt_lookup_num_tokens"):
@@ -134,8 +139,8 @@ class Options:
             if sequences > beams:
                 refuse("num_return_sequences", f"got {sequences}, needs num_beams={beams} at most")
         else:
-            for name in ("length_penalty", "early_stopping"):
-                if getattr(self, name) is not None:
+            for name, neutral in SCORING.items():
+                if getattr(self, name) not in (None, neutral):
                     refuse(name, "scores beams, needs num_beams of 2 or more")
             if sequences > 1 and not self.do_sample:
                 refuse("num_return_sequences", f"got {sequences}, needs do_sample=True or num_beams")
@@ -166,6 +171,7 @@ class Settled:
     eos_token_id: int | Sequence[int] | None
     pad_token_id: int | None
     stop_strings: tuple[str, ...]
+    stop_ids: tuple[int, ...]  # of those that are special tokens
     tokenizer: Decodes | None
     logits_processor: tuple[LogitsProcessor, ...]
     prompt_lookup_num_tokens: int
@@ -193,8 +199,8 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
     sampling = options.do_sample if options.do_sample is not None else named.get("do_sample", False)
     beams = options.num_beams if options.num_beams is not None else named.get("num_beams", 1)
     for names, used in (
-        (("temperature", "top_k", "top_p", "min_p"), sampling),
-        (("length_penalty", "early_stopping"), is_integer(beams) and beams > 1),
+        (SHAPING, sampling),
+        (SCORING, is_integer(beams) and beams > 1),
     ):
         if not used:  # as in transformers, they have no effect until it is on
             named = {name: value for name, value in named.items() if name not in names}
@@ -243,8 +249,8 @@ def _strings(name: str, value: Any) -> None:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple, set, frozenset)) or not all(isinstance(t, str) for t in texts):
         raise TypeError(f"{name}: got {value!r}, needs a string or a list of strings")
-    if not texts or not all(texts):
-        raise ValueError(f"{name}: got {value!r}, needs one string or more, none of them empty")
+    if not all(texts):
+        raise ValueError(f"{name}: got {value!r}, needs strings that are not empty")
 
 
 def _tokenizer(name: str, value: Any) -> None:

@@ -52,7 +52,9 @@ class Rows:
         """prompt: (R, S), a row for each continuation; with_text: make the text, also without stop strings."""
         by_text = bool(options.stop_strings)
         several = by_text and len(prompt) > 1
-        ends, self.pad = special_tokens(model, options.eos_token_id, options.pad_token_id, several)
+        ends, self.pad = special_tokens(
+            model, options.eos_token_id, options.pad_token_id, several, options.stop_ids
+        )
         texts: list[RowText | None] = [None] * len(prompt)
         if by_text or with_text:
             assert options.tokenizer is not None

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.generation.protocol import CausalLM
+from fastattn.generation.protocol import CausalLM, Decodes
 from fastattn.ops.arguments import is_integer
+
+NONE = (None, -1)  # how files say that there is no such token
 
 
 def special_tokens(
@@ -16,8 +18,11 @@ def special_tokens(
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
     by_text: bool = False,
+    stop_ids: Sequence[int] = (),
 ) -> tuple[list[int], int]:
     """End tokens and the padding token. by_text: rows of a batch may end at a string, and so need padding.
+
+    stop_ids: further tokens that end a row; those beyond the vocabulary are ignored.
 
     Ids that are None are taken from the model's generation_config, else from its config. Given ids must be in the
     vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token is ignored,
@@ -46,14 +51,16 @@ def special_tokens(
         )
     else:
         pad = ends[0] if ends else 0  # without an end token no row is finished early
-    return ends, pad
+    return [*ends, *(token for token in stop_ids if token < size and token not in ends)], pad
 
 
 def _default(model: CausalLM, name: str) -> Any:
-    found = (getattr(model, "generation_config", None) or {}).get(name)
-    if found is None:
-        return getattr(model.config, name)
+    found: Any = (getattr(model, "generation_config", None) or {}).get(name)
     several = isinstance(found, (list, tuple)) and name == "eos_token_id"
+    if several:
+        found = [token for token in found if token not in NONE]
+    if not several and found in NONE:
+        return getattr(model.config, name)
     if not all(map(is_integer, found if several else [found])):
         raise ValueError(f"generation_config: {name}: got {found!r}, needs a token id")
     return found
@@ -68,6 +75,31 @@ def _token_id(name: str, token: object, size: int) -> int:
     if not 0 <= number < size:
         raise ValueError(f"{name}: got {number}, needs 0 to {size - 1} (vocab_size - 1)")
     return int(number)
+
+
+def stop_tokens(tokenizer: Decodes, strings: Sequence[str]) -> tuple[int, ...]:
+    """The ids of the stop strings that are special tokens, which the decoded text does not show.
+
+    Raises:
+        ValueError: a string holds a special token among other text.
+    """
+    special = _special_texts(tokenizer)
+    for string in strings:
+        held = [text for text in special if text in string]
+        if held and string not in special:
+            raise ValueError(
+                f"stop_strings: got {string!r}, which holds the special token {max(held, key=len)!r}; needs it alone"
+            )
+    return tuple(special[string] for string in strings if string in special)
+
+
+def _special_texts(tokenizer: Any) -> dict[str, int]:
+    """The special tokens of a tokenizer of transformers, tokenizers or `fastattn.data` as text -> id."""
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    if added is None:
+        core = getattr(tokenizer, "core", tokenizer)
+        added = core.get_added_tokens_decoder() if hasattr(core, "get_added_tokens_decoder") else {}
+    return {token.content: number for number, token in added.items() if token.special and token.content}
 
 
 class StopStrings:

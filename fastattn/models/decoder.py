@@ -16,7 +16,13 @@ from fastattn.models.checkpoint import DECODERS, Pretrained
 from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, GPTConfig
 from fastattn.models.decodable import can_decode
-from fastattn.models.decoder_inputs import count_positions, next_tokens, visibility
+from fastattn.models.decoder_inputs import (
+    check_learned_positions,
+    count_positions,
+    embedding_scale,
+    next_tokens,
+    visibility,
+)
 from fastattn.models.losses import mean_loss, mean_loss_of
 from fastattn.models.steps import GPTDecoder
 from fastattn.models.tied import TiedWeight, shares_gradient
@@ -161,7 +167,7 @@ class GPT(Pretrained, nn.Module):
         tied = TiedWeight(self.wte) if plain_head and shares_gradient(self.wte, self.lm_head) else None
         x = self.wte(input_ids) if tied is None else tied.embed(input_ids)  # (B, S, E)
         if config.scale_embedding:
-            x = x * math.sqrt(config.n_embd)
+            x = x * embedding_scale(config.n_embd, self.wte.weight.dtype)
         if self.wpe is not None:
             x = x + self.wpe(position_ids)  # (B, S, E)
         elif config.positions == "sinusoidal":
@@ -332,13 +338,8 @@ class GPT(Pretrained, nn.Module):
             raise ValueError(
                 f"logits_to_keep: got {logits_to_keep}, needs 0 or more, and 0 (all) with labels"
             )
-        placed = tensors["position_ids"] is not None  # which are checked themselves
-        if self.max_positions is not None and past + seqlen > self.max_positions and not placed:
-            offset = self.config.position_offset
-            raise ValueError(
-                f"input_ids: {past + seqlen} tokens is more than n_positions={self.config.n_positions}"
-                f"{f' - position_offset={offset}' if offset else ''}, the learned positions there are"
-            )
+        if self.max_positions is not None and tensors["position_ids"] is None:  # which are checked below
+            check_learned_positions(self.config, self.max_positions, past + seqlen, attention_mask)
         check_range("input_ids", input_ids, self.config.vocab_size, "vocab_size")
         if self.wpe is not None and tensors["position_ids"] is not None:
             check_range("position_ids", tensors["position_ids"], self.config.n_positions, "n_positions")

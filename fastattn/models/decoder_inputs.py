@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ from fastattn.models.checks import readable
 from fastattn.models.config import GPTConfig
 from fastattn.models.losses import check_targets
 from fastattn.nn.positions import positions_from_mask, positions_in_segments, positions_of_tokens
+
+
+def embedding_scale(width: int, dtype: torch.dtype) -> float:
+    """sqrt(width) rounded to a dtype, by which token embeddings of that dtype are multiplied, as in transformers."""
+    scale = math.sqrt(width)
+    step = torch.finfo(dtype).eps * 2.0 ** (math.frexp(scale)[1] - 1)  # between neighbouring numbers there
+    return round(scale / step) * step
 
 
 def visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen: int) -> dict[str, Any]:
@@ -29,6 +37,19 @@ def visibility(attention_mask: Tensor | None, segment_ids: Tensor | None, seqlen
     else:
         ids = real.to(torch.int32) - 1  # 0 for a token, -1 for padding
     return {"segment_ids": (ids[:, ids.shape[1] - seqlen :], ids)}
+
+
+def check_learned_positions(config: GPTConfig, most: int, width: int, attention_mask: Tensor | None) -> None:
+    """Refuse a row of `width` columns with more than `most` real tokens; in a program that is recorded, all count."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if width > most and attention_mask is not None and not recorded:
+        width = max((int(n) for n in (attention_mask != 0).sum(-1)), default=0)
+    if width > most:
+        offset = config.position_offset
+        raise ValueError(
+            f"input_ids: {width} tokens is more than n_positions={config.n_positions}"
+            f"{f' - position_offset={offset}' if offset else ''}, the learned positions there are"
+        )
 
 
 def count_positions(

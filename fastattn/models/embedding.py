@@ -23,6 +23,10 @@ from fastattn.ops.arguments import is_integer
 
 POOLINGS = ("mean", "cls", "max")
 MODULES, SETTINGS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+SETTINGS_OF_OLD = tuple(  # read where the first is missing, in the order of sentence-transformers
+    f"sentence_{kind}_config.json"
+    for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _TRANSFORMER, _POOLING, _NORMALIZE = "Transformer", "Pooling", "Normalize"
 Model = TypeVar("Model", bound="BertForEmbedding")
 
@@ -143,7 +147,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
     def prepared(
         self, texts: Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> list[str]:
-        """Texts as they are tokenised: in lower case where the folder asks for that, after the prompt of `encode`.
+        """Texts as they are tokenised: after the prompt of `encode`, all in lower case where the folder asks for that.
 
         Raises:
             TypeError: prompt is not a str.
@@ -152,7 +156,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: got {type(prompt).__name__}, needs str")
         front = self._prompt(prompt_name) if prompt is None else prompt
-        return [front + (text.lower() if self.lower_case else text) for text in texts]
+        whole = [front + text for text in texts]
+        return [text.lower() for text in whole] if self.lower_case else whole
 
     @property
     def tokenizer(self) -> Any:
@@ -290,7 +295,8 @@ def _read_layout(folder: Path) -> _Layout:
             f"perhaps Normalize"
         )
     encoder = found[_TRANSFORMER]
-    settings = _optional(folder / encoder / SETTINGS)
+    written = [name for name in (SETTINGS, *SETTINGS_OF_OLD) if (folder / encoder / name).is_file()]
+    settings = read_json(folder / encoder / written[0]) if written else {}
     prompts = _optional(folder / PROMPTS)
     longest = settings.get("max_seq_length") or _optional(folder / encoder / "tokenizer_config.json").get(
         "model_max_length"

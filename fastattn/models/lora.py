@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastattn.models.lora_layers import Adapter as Adapter
 from fastattn.models.lora_layers import Block as Block
-from fastattn.models.lora_layers import LoraAttention, LoraLinear
+from fastattn.models.lora_layers import LoraAttention, LoraLinear, check_not_quantized
 from fastattn.models.lora_layers import blocks_of as blocks_of
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.int8 import in_numbered_layer
@@ -49,9 +49,11 @@ def attach(
         rslora: see alpha.
 
     Raises:
-        TypeError, ValueError: an argument, a target that names no linear layer, or a model that has adapters.
+        TypeError, ValueError: an argument, a target that names no linear layer, or a model that has adapters or is
+            quantized.
     """
     _check_numbers(r, alpha, dropout)
+    check_not_quantized(model)
     chosen = _chosen(blocks_of(model), targets)
     add_adapters(model, dict.fromkeys(chosen, (r, alpha)), dropout=dropout, rslora=rslora)
     return model

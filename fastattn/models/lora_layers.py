@@ -15,6 +15,7 @@ from fastattn.models.checkpoint.families import family_for
 from fastattn.models.checkpoint.names import placed
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.int8 import Int8Linear
 from fastattn.nn.linear import Linear, linear
 
 
@@ -108,6 +109,15 @@ def _deltas(x: Tensor, adapters: Sequence[Adapter], total: int) -> Tensor:
         end = adapter.block.stop
     pieces[-1] = F.pad(pieces[-1], (0, total - end))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Raise ValueError for a model that multiplies with 8-bit weights: its layers can have no adapters."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear) or getattr(module, "quantized", None) is not None:
+            raise ValueError(
+                f"model: {name or type(model).__name__} is quantized to 8 bits, needs model.quantize(None) for adapters"
+            )
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

@@ -19,6 +19,7 @@ from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.models.lora import Block, adapters_of, add_adapters, blocks_of
+from fastattn.models.lora_layers import check_not_quantized
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS, ADAPTER_PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -84,8 +85,10 @@ def load_adapter(model: Model, path_or_id: str | Path) -> Model:
 
     Raises:
         ValueError: an option that would change the result and is not computed here (use_dora, modules_to_save, biases,
-            ...), by name; or tensors that are missing, left over, of another shape or not finite, all listed.
+            ...), by name; tensors that are missing, left over, of another shape or not finite, all listed; or a model
+            that is quantized.
     """
+    check_not_quantized(model)
     folder = resolve_folder(path_or_id)
     config = read_json(folder / ADAPTER_CONFIG)
     try:

@@ -7,7 +7,6 @@ tokens that follow overwrite it in the cache.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
-from fastattn.models.decoder_inputs import count_positions
+from fastattn.models.decoder_inputs import count_positions, embedding_scale
 from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import PreNormBlock
@@ -196,7 +195,7 @@ class GPTDecoder:
                 positions = torch.where(ids == config.pad_token_id, offset - 1, positions)
         x = F.embedding(ids, self.model.wte.weight)
         if config.scale_embedding:
-            x = x * math.sqrt(config.n_embd)
+            x = x * embedding_scale(config.n_embd, self.model.wte.weight.dtype)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions)
         if self.model.wtt is not None:

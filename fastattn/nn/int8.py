@@ -44,14 +44,19 @@ def quantize_linears(model: nn.Module, kind: str | None) -> int:
     """Turn the `Linear` layers in a model's numbered layers into `Int8Linear`, or back with None; returns their number.
 
     Raises:
-        ValueError: kind is neither "int8" nor None.
+        ValueError: kind is neither "int8" nor None, or a layer is of a subclass of `Linear`, as with adapters.
     """
     check_kind("kind", kind)
+    stacked = [(name, module) for name, module in model.named_modules() if in_numbered_layer(name)]
+    for name, module in stacked:
+        if kind is not None and isinstance(module, Linear) and type(module) not in (Linear, Int8Linear):
+            raise ValueError(
+                f"kind: got {kind!r}, but {name} is a {type(module).__name__}, needs {Linear.__name__}; merge or "
+                f"detach adapters first"
+            )
     forget(model)
     before, after = (Linear, Int8Linear) if kind else (Int8Linear, Linear)
-    chosen = [
-        module for name, module in model.named_modules() if type(module) is before and in_numbered_layer(name)
-    ]
+    chosen = [module for _, module in stacked if type(module) is before]
     for module in chosen:
         module.__class__ = after
     return len(chosen)

@@ -18,6 +18,7 @@ from fastattn import console
 from fastattn.console import InputError
 from fastattn.data import DataError, Tokenizer
 from fastattn.data.chat import ChatTemplate
+from fastattn.data.vocabulary import check_vocabulary
 from fastattn.generation.options import Options
 from fastattn.generation.stopping import special_tokens
 from fastattn.models import GPT, EncoderDecoder, families
@@ -170,12 +171,7 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
 def _decoder(name: str, folder: Path, options: ServeOptions) -> Decoder:
     tokenizer = Tokenizer.from_pretrained(folder)
     model = _placed(families.load(folder, dtype=options.dtype), options)
-    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
-    for part, size in vocabularies(model).items():
-        if largest >= size:
-            raise InputError(
-                f"{folder}: its tokenizer is another model's, it has ids up to {largest} and the {part} {size} tokens"
-            )
+    check_vocabulary(f"{folder}: tokenizer", tokenizer.core, vocabularies(model))
     try:
         refuse_defaults(model, tokenizer)
     except (TypeError, ValueError) as error:

@@ -47,6 +47,13 @@ def run(
     return results
 
 
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The characters of a span without white space around them: byte-level tokens may begin with a space."""
+    part = text[start:end]
+    start += len(part) - len(part.lstrip())
+    return start, max(start, end - (len(part) - len(part.rstrip())))
+
+
 def wide(logits: Tensor) -> Tensor:
     """Logits in float32, or float64 if they are float64: 16 bits are too few for a softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -16,7 +16,7 @@ from fastattn.evaluation.answers import answers as answer_figures
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForQuestionAnswering
 from fastattn.models.fields import one_of, or_none, positive, size, size_or_0
-from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, wide
+from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, trimmed, wide
 from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.taught import TaughtAnswerer, attach_teacher
 from fastattn.tasks.training import (
@@ -246,7 +246,7 @@ def evaluate(
         options.no_answer == "auto" and not all(example.answers for example in examples)
     )
     windows = windows_of(model, tokenizer, examples, options)
-    found = answers_of(model, windows, batch_size, 1)
+    found = answers_of(model, windows, [e.context for e in examples], batch_size, 1)
     predictions = [
         None if not spans or (competes and none > spans[0][0]) else example.context[spans[0][1] : spans[0][2]]
         for example, (spans, none) in zip(examples, found)
@@ -320,7 +320,8 @@ def predict(
     names = [f"question {number}:" for number in range(1, len(pairs) + 1)]
     windows = _windows(tokenizer, pairs, longest, STRIDE, names)
     predictions = []
-    for example, (spans, none) in zip(examples, answers_of(model, windows, batch_size, top_k)):
+    found = answers_of(model, windows, [e["context"] for e in examples], batch_size, top_k)
+    for example, (spans, none) in zip(examples, found):
         answers: list[dict[str, Any]] = [
             {"answer": example["context"][a:b], "score": score, "start": a, "end": b} for score, a, b in spans
         ]
@@ -332,15 +333,18 @@ def predict(
 
 
 def answers_of(
-    model: Any, windows: Sequence[Sequence[Row]], batch_size: int, top_k: int
+    model: Any, windows: Sequence[Sequence[Row]], contexts: Sequence[str], batch_size: int, top_k: int
 ) -> list[tuple[list[Span], float]]:
     """For each context in windows its likeliest spans, and the score of no answer."""
     flat = [(number, row) for number, rows in enumerate(windows) for row in rows]
 
     def take(outputs: Any, place: int, index: int) -> tuple[list[Span], float]:
-        row = flat[index][1]
+        number, row = flat[index]
         length = len(row.ids)
-        return decode(outputs.start_logits[place, :length], outputs.end_logits[place, :length], row, top_k)
+        spans, none = decode(
+            outputs.start_logits[place, :length], outputs.end_logits[place, :length], row, top_k
+        )
+        return [(score, *trimmed(contexts[number], a, b)) for score, a, b in spans], none
 
     results = run(model, [row for _, row in flat], batch_size, take)
     of_context: list[list[tuple[list[Span], float]]] = [[] for _ in windows]

@@ -14,6 +14,7 @@ from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, text_of
+from fastattn.data.vocabulary import check_texts_without, check_vocabulary
 from fastattn.evaluation.generation import check_installed, check_tokenizer, texts
 from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import BertConfig, EncoderDecoder, EncoderDecoderConfig, bert_decoder
@@ -261,7 +262,9 @@ def source_rows(
     model: EncoderDecoder, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
 ) -> list[Row]:
     """The tokens of each source; DataError where max_length is more than the encoder has positions for."""
-    check_vocabulary(model, tokenizer)
+    sizes = {"encoder": model.config.encoder.vocab_size, "decoder": model.config.decoder.vocab_size}
+    beyond = check_vocabulary("tokenizer", tokenizer.core, sizes)
+    check_texts_without(beyond, (text for example in examples for text in (example.source, example.target)))
     limit = max_tokens(model.encoder, tokenizer)
     if options.max_length is not None:
         config = model.config.encoder
@@ -273,17 +276,6 @@ def source_rows(
         limit = options.max_length
     check_room(tokenizer, limit)
     return tokenizer.encode([example.source for example in examples], limit)
-
-
-def check_vocabulary(model: EncoderDecoder, tokenizer: InputTokenizer) -> None:
-    """Refuse a tokenizer with ids that one of the parts has no embedding for."""
-    largest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=-1)
-    for name, config in (("encoder", model.config.encoder), ("decoder", model.config.decoder)):
-        if largest >= config.vocab_size:
-            raise DataError(
-                f"tokenizer: has ids up to {largest}, the {name}'s vocab_size is {config.vocab_size}: "
-                f"it is another model's"
-            )
 
 
 def target_length(model: EncoderDecoder, options: Options) -> int:

@@ -18,7 +18,7 @@ from fastattn.evaluation.spans import entity_f1
 from fastattn.evaluation.words import is_unspaced
 from fastattn.models import BertForTokenClassification
 from fastattn.models.fields import one_of, or_none, positive, size
-from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, wide
+from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, trimmed, wide
 from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.taught import TaughtTagger, attach_teacher
 from fastattn.tasks.training import (
@@ -306,10 +306,10 @@ def decode(labels: Sequence[tuple[str, float]], row: Row, text: str) -> list[dic
                 entities.append({"entity": tag, "start": start, "end": end})
                 scores.append([score])
         last = tag
-    return [
-        {**entity, "score": sum(each) / len(each), "text": text[entity["start"] : entity["end"]]}
-        for entity, each in zip(entities, scores)
-    ]
+    for entity, each in zip(entities, scores):
+        entity["start"], entity["end"] = trimmed(text, entity["start"], entity["end"])
+        entity |= {"score": sum(each) / len(each), "text": text[entity["start"] : entity["end"]]}
+    return entities
 
 
 def predict(

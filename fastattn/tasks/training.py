@@ -151,17 +151,6 @@ def check_room(tokenizer: InputTokenizer, max_length: int, *, pairs: bool = Fals
         )
 
 
-def check_tokenizer(config: BertConfig, tokenizer: InputTokenizer) -> None:
-    """Raise DataError for a tokenizer with ids that the model has no embedding for."""
-    ids = tokenizer.core.get_vocab(with_added_tokens=True).values()
-    largest = max(ids, default=-1)
-    if largest >= config.vocab_size:
-        raise DataError(
-            f"tokenizer: has ids up to {largest}, the model's vocab_size is {config.vocab_size}: "
-            f"it is another model's"
-        )
-
-
 def load_encoder(
     cls: type[Encoder], source: Source, tokenizer: InputTokenizer | None = None, **options: Any
 ) -> Encoder:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -245,7 +246,7 @@ def _prepare(inputs: Inputs) -> Prepared:
         to_save = tokenizer
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
-        check_fits(inputs.model, task, tokenizer)
+        check_fits(inputs.model, task, tokenizer, chain(Texts(data.train), Texts(data.dev)))
     torch.manual_seed(sections.train.seed)
     model = task.new_model(source, data.train, data.options, tokenizer)
     if getattr(task, "CHANGES_TOKENIZER", False):

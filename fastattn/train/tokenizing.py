@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.input_tokenizers import train_input_tokenizer
+from fastattn.data.vocabulary import check_texts_without, check_vocabulary
 from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.embedding import encoder_folder
-from fastattn.tasks.training import check_tokenizer, config_of
+from fastattn.tasks.training import config_of
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import DataConfig, Sections
 from fastattn.train.task_data import texts_of
@@ -72,19 +73,23 @@ def learnt_tokenizer(
     )
 
 
-def check_fits(model: str, task: ModuleType, tokenizer: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model's vocabulary; no weight is read."""
+def check_fits(model: str, task: ModuleType, tokenizer: Any, texts: Iterable[str]) -> None:
+    """Refuse a tokenizer of another model, and texts with a token that the model lacks; no weight is read."""
     if GPT in task.MODELS:
         size = read_json(resolve_folder(model) / CONFIG).get("vocab_size")
-        if isinstance(size, int) and tokenizer.vocab_size > size:
-            raise DataError(
-                f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocab_size is {size}: it is another model's"
-            )
-        return
-    if issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
+        needed = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    elif issubclass(families.class_for(resolve_folder(model)), EncoderDecoder):
         return  # its task checks both parts
-    config, _ = config_of(model, families.class_for(encoder_folder(model)))
-    check_tokenizer(config, tokenizer)
+    else:
+        config, _ = config_of(model, families.class_for(encoder_folder(model)))
+        size, needed = config.vocab_size, {"mask_token": tokenizer.mask_id}
+    if not isinstance(size, int):
+        return
+    beyond = check_vocabulary("tokenizer", tokenizer.core, {"model": size})
+    for name, token in needed.items():
+        if token is not None and token >= size:
+            raise DataError(f"tokenizer: its {name} has the id {token}, the model's vocab_size is {size}")
+    check_texts_without(beyond, texts)
 
 
 def teacher_of(folder: str, task: ModuleType) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from generation_cases import make, tokenizer
 from typer.testing import CliRunner
 
 from fastattn import cli
-from fastattn.data import Tokenizer, json_lines, train_characters
+from fastattn.data import Tokenizer, json_lines, train_bpe, train_characters
 from fastattn.generation.text import UNKNOWN, Detokenizer
 from fastattn.models import (
     GPT,
@@ -24,6 +24,8 @@ from fastattn.models import (
     EncoderDecoderConfig,
     bert_decoder,
 )
+from fastattn.models.lora import adapters_of, attach, merge
+from fastattn.models.peft import save_adapter
 from fastattn.models.steps import GPTDecoder
 
 PROMPT = "stop the end"
@@ -62,6 +64,7 @@ def expected(folder: Path, prompt: str, kind: str | None = None, **options: Any)
 WAYS: list[tuple[list[str], dict[str, Any]]] = [
     ([], {}),
     (["--temperature=0"], {}),
+    (["--temperature=0", "--top-p=1", "--top-k=0", "--min-p=0"], {}),
     (
         ["--temperature=2.5", "--top-k=30", "--top-p=0.9", "--min-p=0.01", "--seed=3"],
         {"do_sample": True, "temperature": 2.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 3},
@@ -165,7 +168,7 @@ def test_an_encoder_decoder_writes_the_target_of_a_source(
 
 def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Path) -> None:
     vocab = tokenizer().vocab_size
-    small, ids = seq2seq(vocab - 7), f"it has ids up to {vocab - 1}"
+    small, ids = seq2seq(vocab - 7), f"tokenizer: has ids up to {vocab - 1}"
     for name, model, complaint in (
         (
             "encoder",
@@ -177,8 +180,8 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
             seq2seq(vocab, vocab + 3),
             "its tokenizer cannot be used for both parts, the encoder has 274",
         ),
-        ("small", small, f"its tokenizer is another model's, {ids} and the encoder"),
-        ("gpt", make(), f"its tokenizer is another model's, {ids} and the model 61 tokens"),
+        ("small", small, f"{ids}, the encoder's vocab_size is {vocab - 7}"),
+        ("gpt", make(), f"{ids}, the model's vocab_size is 61"),
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)
@@ -186,6 +189,24 @@ def test_a_folder_whose_model_or_tokenizer_does_not_fit_is_refused(tmp_path: Pat
         assert (code, out) == (2, "")
         assert err.startswith(f"fastattn: {tmp_path / name}: {complaint}")
         assert err.count("\n") == 1
+
+
+def test_added_tokens_beyond_the_vocabulary_are_refused_in_prompts_only(tmp_path: Path) -> None:
+    """As those for images of language models whose tokenizer is that of larger ones."""
+    of = train_bpe(["stop the end, stop here and there"] * 3, vocab_size=280)
+    vocab = of.vocab_size
+    make(vocab_size=vocab).save_pretrained(tmp_path)
+    of.core.add_special_tokens(["<image>", "<audio>"])
+    assert of.core.token_to_id("<image>") == vocab
+    of.save_pretrained(tmp_path)
+    beyond = "tokenizer: has the added token '<image>' and 1 more beyond"
+    with pytest.warns(UserWarning, match=beyond):
+        code, _, err = invoke(tmp_path, "--prompt=stop the", "--max-new-tokens=4")
+    assert (code, err) == (0, "")
+    with pytest.warns(UserWarning, match=beyond):
+        code, out, err = invoke(tmp_path, "--prompt=stop <image>", "--max-new-tokens=4")
+    assert (code, out) == (2, "")
+    assert err == "fastattn: --prompt: holds '<image>', a token that the model has no embedding for\n"
 
 
 def test_targets_may_have_a_tokenizer_of_their_own(tmp_path: Path) -> None:
@@ -207,7 +228,7 @@ def test_targets_may_have_a_tokenizer_of_their_own(tmp_path: Path) -> None:
     tokenizer().save_pretrained(target)
     code, _, err = invoke(both, *words, f"--target-tokenizer={target}")
     assert code == 2
-    assert err.startswith(f"fastattn: {target}: its tokenizer is another model's")
+    assert err.startswith(f"fastattn: {target}: tokenizer: has ids up to")
 
 
 def test_one_model_writes_what_it_reads(folder: Path) -> None:
@@ -216,6 +237,25 @@ def test_one_model_writes_what_it_reads(folder: Path) -> None:
     assert (
         err == f"fastattn: --target-tokenizer: {folder} holds no encoder-decoder, it writes what it reads\n"
     )
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_an_adapter_generates_with_the_model_that_it_names(
+    folder: Path, with_tokenizer: bool, tmp_path: Path
+) -> None:
+    model = attach(GPT.from_pretrained(folder), r=4)
+    torch.manual_seed(0)
+    for adapter in adapters_of(model):
+        torch.nn.init.normal_(adapter.lora_B)
+    save_adapter(model, tmp_path)
+    if with_tokenizer:
+        tokenizer().save_pretrained(tmp_path)
+    words = [f"--prompt={PROMPT}", "--max-new-tokens=12"]
+    code, out, err = invoke(tmp_path, *words)
+    merge(model).save_pretrained(tmp_path / "merged", tokenizer=tokenizer())
+    assert (code, err) == (0, "")
+    assert out == invoke(tmp_path / "merged", *words)[1]
+    assert out != invoke(folder, *words)[1]
 
 
 @pytest.mark.parametrize("kind", ["unnamed end", "word pieces"])

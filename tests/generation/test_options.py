@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from generation_cases import make, prompts, theirs_and_ours, tokenizer
 
 from fastattn.generation.options import NOT_COMPUTED, Options
@@ -39,6 +40,8 @@ CONFIGS: list[
     ),
     ({"temperature": 0.6, "top_p": 0.9, "length_penalty": 2.0}, {}),  # they wait for do_sample and num_beams
     ({"do_sample": True, "top_k": 0}, {"do_sample": True}),
+    ({"pad_token_id": -1, "eos_token_id": -1}, {}),
+    ({"pad_token_id": -1, "eos_token_id": [-1, 9]}, {"eos_token_id": 9}),
     ({"eos_token_id": 50256, "transformers_version": "5.0", "_from_model_config": True}, {}),
 ]
 
@@ -56,14 +59,29 @@ def test_arguments_come_before_a_config() -> None:
     assert torch.equal(model.generate(IDS, MASK, max_new_tokens=8, do_sample=False, eos_token_id=[]), plain)
 
 
-def test_neutral_arguments_switch_a_config_s_off() -> None:
-    named = {"temperature": 9.0, "top_k": 1, "top_p": 0.01, "min_p": 1.0, "repetition_penalty": 5.0}
-    model = with_config(do_sample=True, prompt_lookup_num_tokens=3, **named)
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    plain = make(torch.float64).generate(IDS, MASK, do_sample=True, seed=0)
-    assert torch.equal(model.generate(IDS, MASK, seed=0, prompt_lookup_num_tokens=0, **neutral), plain)
-    greedy = {name: value for name, value in neutral.items() if name != "repetition_penalty"}
-    assert torch.equal(make().generate(IDS, MASK, **greedy), make().generate(IDS, MASK))
+NEUTRAL: list[
+    tuple[dict[str, Any], dict[str, Any]]
+] = [  # what is given, and what it switches off in a folder
+    ({"do_sample": True, "top_k": 0}, {"top_k": 2}),
+    ({"do_sample": True, "top_p": 1.0}, {"top_p": 0.1}),
+    ({"do_sample": True, "min_p": 0.0}, {"min_p": 0.9}),
+    ({"do_sample": True, "temperature": 1.0}, {"temperature": 0.01}),
+    ({"do_sample": True, "stop_strings": []}, {"stop_strings": ["0"]}),
+    ({"repetition_penalty": 1.0}, {"repetition_penalty": 9.0}),
+    ({"prompt_lookup_num_tokens": 0, "use_cache": False}, {"prompt_lookup_num_tokens": 3}),
+    ({"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"do_sample": True}),
+    ({"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}, {"num_beams": 3}),
+]
+
+
+@pytest.mark.parametrize(("given", "folder"), NEUTRAL, ids=str)
+def test_a_value_without_effect_is_accepted_and_comes_before_a_folder_s(
+    given: dict[str, Any], folder: dict[str, Any]
+) -> None:
+    sampling = {"do_sample": True, "seed": 0} if given.get("do_sample") else {}
+    expected = make(torch.float64).generate(IDS, MASK, max_new_tokens=8, **sampling)
+    made = with_config(**folder).generate(IDS, MASK, max_new_tokens=8, **{**given, **sampling})
+    assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("key", NOT_COMPUTED)
@@ -156,6 +174,33 @@ def test_options_that_do_not_go_together_are_refused_by_name_before_any_work(
     monkeypatch.setattr(GPT, "forward", lambda *args, **options: pytest.fail("worked"))
     with pytest.raises((TypeError, ValueError), match=f"^{complaint}"):
         make().generate(IDS, MASK, **options)
+
+
+WAYS: list[tuple[dict[str, Any], bool]] = [
+    *(({name: value}, True) for name, value in (("use_cache", False), ("num_beams", 2), ("prefill_chunk_size", 2))),
+    *(({name: value}, False) for name, value in (("use_cache", False), ("num_beams", 2), ("prefill_chunk_size", 2))),
+    *(({name: value}, False) for name, value in (("prompt_lookup_num_tokens", 3), ("batch_invariant", True))),
+    ({}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("options", "replaced"), WAYS, ids=str)
+def test_padding_to_a_fixed_width_takes_no_learned_positions(
+    side: str, options: dict[str, Any], replaced: bool
+) -> None:
+    model = make(torch.float64, n_positions=16)
+    ids, mask = prompts((5, 3), side)
+    if replaced:  # no decoder: the model's step
+        model.lm_head.register_forward_hook(lambda *args: None)
+    expected = model.generate(ids, mask, max_new_tokens=12, **options)[:, 5:]
+    pad = (9, 0) if side == "left" else (0, 9)
+    wide, wide_mask = F.pad(ids, pad), F.pad(mask, pad)
+    assert torch.equal(model.generate(wide, wide_mask, max_new_tokens=12, **options)[:, 14:], expected)
+    model.generation_config = {"max_length": 17}
+    assert torch.equal(model.generate(wide, wide_mask, **options)[:, 14:], expected)
+    with pytest.raises(ValueError, match=r"^max_new_tokens: a prompt of 5 and 13 more tokens do not fit"):
+        model.generate(wide, wide_mask, max_new_tokens=13, **options)
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])

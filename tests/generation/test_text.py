@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from generation_cases import TEXT, Letters, Script, make, prompts, tokenizer
 
+from fastattn.data import Tokenizer, train_bpe
 from fastattn.generation import generate, stream_ids, stream_text
 from fastattn.generation.stopping import StopStrings
-from fastattn.generation.text import UNKNOWN, Detokenizer, RowText
+from fastattn.generation.text import CONTEXT, UNKNOWN, Detokenizer, RowText
 
 IDS = tokenizer().encode(TEXT)
 PROMPT = torch.tensor([tokenizer().encode("stop the end")])
@@ -130,6 +132,27 @@ def test_the_end_token_ends_text_and_is_no_part_of_it() -> None:
     assert "".join(stream_text(script(eos=eos), PROMPT, stop_strings="\n...", **options)) == TEXT
 
 
+@pytest.mark.parametrize("kind", ["fastattn", "tokenizers", "transformers"])
+def test_a_stop_string_may_be_a_special_token(kind: str) -> None:
+    own = train_bpe(["stop the end"] * 3, vocab_size=280, special_tokens=["<|im_end|>", "<|im_start|>"])
+    of: Any = own if kind == "fastattn" else own.core
+    if kind == "transformers":
+        of = pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_object=own.core)
+    end = own.core.token_to_id("<|im_end|>")
+    ids = [*own.encode("the end"), end, *own.encode(" stop")]
+    options: dict[str, Any] = {"tokenizer": of, "stop_strings": "<|im_end|>", "max_new_tokens": 40}
+    made = generate(Script(ids, own.vocab_size), PROMPT, **options)[0, PROMPT.shape[1] :]
+    assert made.tolist() == ids[: ids.index(end) + 1]
+    assert "".join(stream_text(Script(ids, own.vocab_size), PROMPT, **options)) == "the end"
+    written = own.core.encode_batch(["<|im_", "end|>"], add_special_tokens=False)  # as plain characters
+    script = Script([*own.encode("the "), *written[0].ids, *written[1].ids], own.vocab_size)
+    assert "".join(stream_text(script, PROMPT, **options)) == "the "
+    with pytest.raises(
+        ValueError, match=r"^stop_strings: got '<\|im_end\|>\\n', which holds the special token"
+    ):
+        generate(script, PROMPT, **{**options, "stop_strings": ["x", "<|im_end|>\n"]})
+
+
 @pytest.mark.parametrize("length", range(20, 44))
 def test_a_character_that_is_not_complete_is_never_given(length: int) -> None:
     pieces = list(stream_text(script(), PROMPT, tokenizer=tokenizer(), max_new_tokens=length))
@@ -147,13 +170,90 @@ def test_bytes_that_are_no_character_are_given_once_that_is_certain() -> None:
         detokenizer, given = Detokenizer(byte, []), ""
         for n, token in enumerate(ids):
             given += detokenizer.push(token)
-            assert len(detokenizer.pending) <= 3
-            assert len(given) >= len(byte.decode(ids[: max(n - 2, 0)])) - 3
+            assert len(detokenizer.pending) <= 2 * CONTEXT
+            assert byte.decode(ids[: n + 1]).startswith(given)
+            assert len(given) >= len(byte.decode(ids[: n + 1])) - 3
     row = RowText(byte, [], ["x"])
     for token in pool:
         row.push(token)
     row.finish()
     assert row.safe == len(pool)
+
+
+CHINESE = "他说、它企图了解人工智能的架构、它企图了解世界。"
+LINES = [
+    f"{CHINESE}[架构]。",
+    "東京都に住んでいる人々は、毎朝電車に乗る。",
+    "नमस्ते दुनिया, यह हिन्दी है।",
+    "👩\u200d👩\u200d👧 and 🏳️\u200d🌈, 👍🏽!",
+    f"a {UNKNOWN} b {UNKNOWN * 5}构{UNKNOWN}.",
+    "架构" * 30 + ".",
+]
+
+
+@cache
+def straddling() -> list[Tokenizer]:
+    """Byte-level BPEs with tokens that end one character and begin the next."""
+    texts = ([CHINESE] * 3, LINES * 2, ["架构架构"] * 3)
+    return [train_bpe(text, vocab_size=size) for text in texts for size in (300, 400)]
+
+
+def ends_of(of: Tokenizer, text: str) -> list[int]:
+    """For each token of a text, where the last character ends that it has a byte of."""
+    places = [n for n, character in enumerate(text) for _ in character.encode()]
+    ends, place = [], 0
+    for token in of.encode(text):
+        place += len(of.core.id_to_token(token))  # a character stands for a byte
+        ends.append(places[place - 1] + 1)
+    return ends
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_streamed_text_is_that_of_all_tokens_where_they_straddle_characters(text: str) -> None:
+    for of in straddling():
+        detokenizer = Detokenizer(of, [])
+        pieces = [detokenizer.push(token) for token in of.encode(text)]
+        assert "".join(pieces) == text
+        places = sorted({0, len(text) // 2, *random.Random(0).choices(range(len(text)), k=12)})
+        for stop in {text[place : place + size] for place in places for size in (1, 3)}:
+            row, expected = RowText(of, [], [stop]), cut(text, [stop])
+            for token in of.encode(text):
+                row.push(token)
+                if row.found:
+                    break
+            assert row.found
+            assert row.take() == expected
+            assert row.safe == sum(end <= len(expected) for end in ends_of(of, text))
+
+
+def test_a_character_that_the_prompt_begins_is_given() -> None:
+    for of, length in ((tokenizer(), 2), (Pieces(), 2)):
+        ids = of.encode("你") if isinstance(of, Tokenizer) else [*"你".encode()]
+        detokenizer = Detokenizer(of, ids[:length])
+        assert "".join(map(detokenizer.push, ids[length:])) == "你"
+
+
+class Bytes:
+    """A tokenizer whose tokens are any bytes."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self.tokens, self.most = tokens, 0
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        self.most = max(self.most, len(ids))
+        return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("loop", ["架构", UNKNOWN, "👩"])
+@pytest.mark.parametrize("cut_at", [1, 2])
+def test_the_work_of_a_token_does_not_grow_where_no_token_ends_with_a_character(
+    loop: str, cut_at: int
+) -> None:
+    data = loop.encode()
+    of, text = Bytes([data[:cut_at], data[cut_at:] + data[:cut_at], data[cut_at:] + b"."]), loop * 101 + "."
+    detokenizer = Detokenizer(of, [])
+    assert "".join(map(detokenizer.push, [0, *[1] * 100, 2])) == text
+    assert of.most <= 3 * CONTEXT
 
 
 class Pieces:

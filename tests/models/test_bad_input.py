@@ -122,7 +122,8 @@ GENERATE_TAKES: dict[str, set[str]] = {
     "max_new_tokens": {"0"},  # 20 tokens, the default, are too many here
     "do_sample": OPTIONAL | {"True", "False"},
     "temperature": OPTIONAL | {"1.5", "huge"},
-    **dict.fromkeys(("top_k", "top_p"), OPTIONAL),
+    "top_k": OPTIONAL | {"0"},
+    "top_p": OPTIONAL,
     "min_p": OPTIONAL | {"0"},
     "repetition_penalty": OPTIONAL | {"1.5", "huge"},
     "presence_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5", "huge"},
@@ -133,7 +134,7 @@ GENERATE_TAKES: dict[str, set[str]] = {
     "stop_strings": OPTIONAL | {"text", "number in text", "list of text"},
     "tokenizer": OPTIONAL,
     "logits_processor": OPTIONAL | {"list"},
-    "prompt_lookup_num_tokens": OPTIONAL,
+    "prompt_lookup_num_tokens": OPTIONAL | {"0"},
     "prefill_chunk_size": OPTIONAL,
     "eos_token_id": OPTIONAL | {"0", "list"},
     "pad_token_id": OPTIONAL | {"0"},

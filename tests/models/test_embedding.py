@@ -106,6 +106,17 @@ def test_folders_of_sentence_transformers_of_both_forms(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_settings_may_have_the_name_of_an_older_version(kind, tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "sentence_bert_config.json").unlink()
+    settings = {"max_seq_length": 7, "do_lower_case": True}
+    (tmp_path / f"sentence_{kind}_config.json").write_text(json.dumps(settings))
+    read = BertForEmbedding.from_pretrained(tmp_path)
+    assert (read.max_seq_length, read.lower_case) == (7, True)
+    assert read.prepared(["A b"], prompt="Query: ") == ["query: a b"]
+
+
 def test_a_bare_encoder_gets_mean_pooling(tmp_path):
     pytest.importorskip("transformers")
     tiny.theirs("bert", "Model").save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastattn.models import GPT, load
+from fastattn.models.decoder_inputs import embedding_scale
 from fastattn.nn import linear as linear_module
 from numerics import assert_each_within_rule, assert_within_rule
 
@@ -197,6 +198,32 @@ def test_a_folder_goes_both_ways_value_by_value(name: str, both: tuple[Any, GPT]
     by_load = load(tmp_path / "ours")
     assert type(by_load) is GPT
     assert by_load.config == ours.config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma3"])
+def test_embeddings_are_scaled_by_a_number_of_their_dtype(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """sqrt(640) is no number of any of them, and 0.19 % from bfloat16's nearest."""
+    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 640,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
+    config = getattr(transformers, name)(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, ids = GPT.from_pretrained(tmp_path, dtype=dtype), tokens(2, 8) % 64
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True).hidden_states[0]
+        assert torch.equal(ours(ids, output_hidden_states=True).hidden_states[0], expected)
+    for width in (640, 1152, 2304, 3584, 5376):
+        exact = float(torch.tensor(width**0.5, dtype=dtype))
+        assert embedding_scale(width, dtype) == exact
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,27 @@ def test_adapter_folders_round_trip(kind, tmp_path):
     merge(again, *(() if kind != "mixed" else (torch.randn(1, 4, 8),)))
 
 
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_a_quantized_model_takes_no_adapters(kind, saved, tmp_path):
+    """Its layers are others, and adapters would be left out without notice."""
+    save_adapter(filled(attach(make(kind))), tmp_path / "adapter")
+    model, base = make(kind), tmp_path / "base"
+    model.save_pretrained(base, quantize="int8" if saved else None)
+    small = load(base, quantize=None if saved else "int8")
+    for put in (attach, lambda small: load_adapter(small, tmp_path / "adapter")):
+        with pytest.raises(
+            ValueError, match=r"^model: .*is quantized to 8 bits, needs model\.quantize\(None\)"
+        ):
+            put(small)
+    assert not any(True for _ in adapters_of(small))
+    small.quantize(None)
+    adapted = attach(small, targets=["c_attn"] if kind == "gpt" else ["query"])
+    assert len(list(adapters_of(adapted))) == 2
+    with pytest.raises(ValueError, match=r"^kind: "):
+        adapted.quantize("int8")
+
+
 def change(folder, **entries):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))

@@ -192,6 +192,17 @@ def test_stop_strings_end_a_completion_and_are_not_in_it(client: Any) -> None:
     assert "".join(e["choices"][0]["text"] for e in events) == choice["text"]
 
 
+def test_a_stop_string_may_be_a_special_token(client: Any) -> None:
+    end = client.post("/tokenize", json={"model": "gpt", "prompt": "<|padding|>"}).json()["tokens"][0]
+    body = {"max_tokens": 5, "logit_bias": {str(end): 100}, "stop": "<|padding|>"}
+    found = complete(client, **body)
+    assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("stop", 1)
+    body |= {"model": "gpt", "prompt": PROMPT, "stop": "<|padding|>."}
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert "holds the special token '<|padding|>'" in response.json()["error"]["message"]
+
+
 def test_a_frequency_penalty_and_a_bias_change_tokens(client: Any) -> None:
     plain = complete(client, max_tokens=20)["choices"][0]["text"]
     assert complete(client, max_tokens=20, frequency_penalty=2.0)["choices"][0]["text"] != plain

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import serve_cases
 import torch
+from serve_cases import save_gpt
 
 from fastattn.console import InputError
+from fastattn.data import Tokenizer
 from fastattn.serve import served
 from fastattn.serve.options import ServeOptions
 
@@ -92,6 +94,15 @@ def test_a_link_is_named_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "3f2a").mkdir()
     (tmp_path / "small").symlink_to(tmp_path / "3f2a", target_is_directory=True)
     assert served.name_of(tmp_path / "small") == "small"
+
+
+def test_a_tokenizer_with_added_tokens_beyond_the_vocabulary_is_served(tmp_path: Path) -> None:
+    model = save_gpt(tmp_path / "m")
+    of = Tokenizer.from_pretrained(tmp_path / "m")
+    of.core.add_special_tokens([f"<image {n}>" for n in range(model.config.vocab_size)])
+    of.save_pretrained(tmp_path / "m")
+    with pytest.warns(UserWarning, match="tokenizer: has the added token '<image"):
+        assert set(served.load_all([tmp_path / "m"], ServeOptions())) == {"m"}
 
 
 @pytest.mark.parametrize("error", [InputError("no such folder"), KeyboardInterrupt()], ids=repr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +28,29 @@ from fastattn.tasks import causal_lm
 from fastattn.tasks.distill import Student
 from fastattn.tasks.logprobs import logits_of, next_targets, token_losses
 from fastattn.tasks.perplexity import evaluate_documents, windows_of
+from fastattn.train.tokenizing import check_fits
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return make_tokenizer()
+
+
+def test_added_tokens_beyond_the_vocabulary_are_refused_in_texts_only(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = model_of(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.core.add_special_tokens(["<image>"])
+    assert tokenizer.core.token_to_id("<image>") == model.config.vocab_size
+    with pytest.warns(UserWarning, match=r"^tokenizer: has the added token '<image>' beyond"):
+        check_fits(str(tmp_path), causal_lm, tokenizer, ["a river"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"^data: a text holds '<image>', a token that the model has no"):
+            check_fits(str(tmp_path), causal_lm, tokenizer, ["a river", "an <image>"])
+        padded = Tokenizer(tokenizer.core, eos_token=tokenizer.eos_token, pad_token="<image>")
+        with pytest.raises(DataError, match=r"^tokenizer: its pad_token has the id"):
+            check_fits(str(tmp_path), causal_lm, padded, ["a river"])
 
 
 @pytest.mark.parametrize(("length", "stride"), [(8, 3), (8, 7), (9, 1), (64, 32)])

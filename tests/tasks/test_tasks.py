@@ -12,8 +12,9 @@ import task_cases
 import torch
 from task_cases import LABELS, TEXTS
 
-from fastattn.data import DataError
+from fastattn.data import DataError, train_bpe
 from fastattn.data.encoding import InputTokenizer, Row
+from fastattn.models import BertConfig, BertForQuestionAnswering
 from fastattn.tasks import classify, embed, fill, qa, tag
 from fastattn.tasks import predict as tasks
 
@@ -129,6 +130,25 @@ def test_labels_in_bio_form_become_spans(labels: str, spans: list[tuple[str, int
     found = tag.decode(each, row, "a b c")
     assert [(e["entity"], e["start"], e["end"]) for e in found] == spans
     assert all(e["score"] == 0.5 for e in found)
+
+
+@pytest.mark.parametrize("text", ["a river  runs, so the old", " the\u3000tower \n by the river "])
+def test_entities_and_answers_have_no_space_around_them(text: str) -> None:
+    """Byte-level tokens begin with the space before a word, and their offsets may contain it."""
+    own = InputTokenizer(train_bpe([*TEXTS, text] * 2, 300).core)
+    (row,) = own.encode([text])
+    assert any(text[a].isspace() for a, b in row.offsets if b > a)
+    for entity in tag.decode([("B-A", 0.5)] * len(row.ids), row, text):
+        assert entity["text"] == text[entity["start"] : entity["end"]]
+        assert entity["text"] == entity["text"].strip()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=300, **sizes)).eval()
+    example = {"question": "where", "context": text}
+    (found,) = qa.predict(model, own, [example], top_k=50)
+    assert len(found["answers"]) > 10
+    for answer in found["answers"]:
+        assert answer["answer"] == text[answer["start"] : answer["end"]] == answer["answer"].strip()
 
 
 def test_one_label_marks_tokens_over_one_half() -> None:

@@ -175,7 +175,7 @@ class Continuation:
         settled = request.settled
         assert settled is not None
         self.request, self.index = request, index
-        ends, _ = special_tokens(model, settled.eos_token_id, settled.pad_token_id)
+        ends, _ = special_tokens(model, settled.eos_token_id, settled.pad_token_id, stop_ids=settled.stop_ids)
         text = None
         if request.tokenizer is not None:
             text = RowText(request.tokenizer, request.behind, settled.stop_strings)
