@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,11 +13,9 @@ from torch import nn
 from fastattn.models.lora import merge
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.checkpoint import ADAPTER, read_model
+from fastattn.train.prepared import Prepared
 from fastattn.train.resume import WEIGHTS
 from fastattn.train.state import FitResult
-
-if TYPE_CHECKING:
-    from fastattn.train.run import Prepared
 
 
 def best_model(prepared: Prepared, model: Any, out: Path) -> nn.Module:

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -32,11 +31,13 @@ from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
+from fastattn.train.prepared import Inputs as Inputs
+from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.same_run import check_same, describe
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections, kinds_of, presets_of, read_sections
-from fastattn.train.task_data import TaskData, check_columns, read_data
+from fastattn.train.task_data import check_columns, read_data
 from fastattn.train.tokenizing import (
     Texts,
     check_fits,
@@ -51,50 +52,6 @@ TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
 WARMUP = 0.1  # default share of the steps
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of `fastattn train`.
-
-    Attributes:
-        task: its name, as "classify".
-        train: files, folders or data sets.
-        dev: the same; without any, a part of the training data is held out.
-        model: a folder, a repository on the Hugging Face hub, or a preset's name.
-        out: folder for the trained model and the files of the run.
-        teacher: folder of a model to learn soft labels from.
-        resume: "auto", or the folder of a checkpoint, to continue from.
-        config: YAML file with the sections' options.
-        overrides: options as "--section.key=value".
-    """
-
-    task: str
-    train: tuple[str, ...]
-    dev: tuple[str, ...]
-    model: str
-    out: str
-    teacher: str | None = None
-    resume: str | None = None
-    config: str | None = None
-    overrides: tuple[str, ...] = ()
-
-
-@dataclass
-class Prepared:
-    """Everything a run needs, checked."""
-
-    task: ModuleType
-    inputs: Inputs
-    sections: Sections
-    data: TaskData
-    model: nn.Module
-    tokenizer: Any
-    saved_tokenizer: Any  # the tokenizer that the run saves; None where the model's folder has it
-    train_set: Any
-    dev_set: Any
-    about: dict[str, Any]  # what the run is made from, for its checkpoints
-    notes: tuple[str, ...] = ()  # on what differs from the run that is resumed
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
