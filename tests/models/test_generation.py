@@ -166,7 +166,7 @@ def test_it_may_fill_every_position():
         ({"temperature": 0.5}, "do_sample"),
         ({"top_k": 5}, "do_sample"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
-        ({"do_sample": True, "top_k": 0}, "top_k"),
+        ({"do_sample": True, "top_k": -1}, "top_k"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"seed": 1, "generator": torch.Generator(), "do_sample": True}, "seed"),
