@@ -131,7 +131,7 @@ GENERATE_TAKES: dict[str, set[str]] = {
     "length_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5"},
     "early_stopping": OPTIONAL | {"True", "False"},
     "num_return_sequences": OPTIONAL,
-    "stop_strings": OPTIONAL | {"text", "number in text", "list of text"},
+    "stop_strings": OPTIONAL | {"text", "number in text", "list", "list of text"},
     "tokenizer": OPTIONAL,
     "logits_processor": OPTIONAL | {"list"},
     "prompt_lookup_num_tokens": OPTIONAL | {"0"},
