@@ -44,7 +44,7 @@ class CausalLMOutput(NamedTuple):
     """The output of a language model.
 
     Attributes:
-        loss: () float32, None without labels; NaN where no label counts.
+        loss: () in float32 at least, None without labels; NaN where no label counts.
         logits: (B, S, V), or the last logits_to_keep of S; None in training, see `GPT.forward`.
         last_hidden_state: (B, S, E), after the final norm; anything at padding, as in hidden_states.
         hidden_states: L + 1 of (B, S, E), the blocks' inputs and then last_hidden_state.

@@ -44,7 +44,7 @@ class Seq2SeqOutput(NamedTuple):
     """The output of an encoder-decoder. Names are transformers'.
 
     Attributes:
-        loss: () float32, None without labels; NaN where no label counts.
+        loss: () in float32 at least, None without labels; NaN where no label counts.
         logits: (B, S, V) of the target; None in training, see `EncoderDecoder.forward`.
         encoder_last_hidden_state: (B, Ss, E), 0 at padding.
         decoder_hidden_states: L + 1 of (B, S, E).
