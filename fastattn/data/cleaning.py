@@ -22,7 +22,7 @@ GROUPED = re.compile(r"\d[ ()./-]{1,2}\(?\d")
 YEAR, OCTET = r"(?:1\d|20)\d\d", r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 OTHER_NUMBERS = (
     re.compile(r"\d+\.\d+"),
-    # a date, perhaps with a time or another date behind it
+    # a date, perhaps followed by a time or another date
     re.compile(
         rf"(?:{YEAR}([-./ ])\d{{1,2}}\1\d{{1,2}}|\d{{1,2}}([-./ ])\d{{1,2}}\2{YEAR})(?:[ /-]{{1,2}}\d.*)?"
     ),

@@ -48,7 +48,7 @@ class Options(CheckedOptions):
     """Options of the DPO loss.
 
     Args:
-        max_length: most tokens of a prompt with an answer; first the prompt is truncated at its beginning, behind its
+        max_length: most tokens of a prompt with an answer; first the prompt is truncated at its beginning, after its
             BOS, then the answer at its end. None for 1024, or fewer where the model has fewer positions.
         beta: of the loss; a smaller one lets the model differ more from the reference.
         label_smoothing: probability that chosen and rejected are swapped.

@@ -277,9 +277,8 @@ def evaluate(
         own = torch.tensor([place[e.positive] for e in examples[start : start + 1024]], device="cpu")
         mine = scores.gather(1, own[:, None])
         nearer = (scores > mine + SAME).sum(1)
-        tied = (~(scores < mine - SAME)).sum(
-            1
-        ) - nearer  # its own among them; all where vectors are not finite
+        # its own is among them; all are where vectors are not finite
+        tied = (~(scores < mine - SAME)).sum(1) - nearer
         ranks += (nearer + (tied + 1) / 2).tolist()
         first_of += torch.where(nearer == 0, 1 / tied, 0.0).tolist()
     metrics = {

@@ -38,7 +38,8 @@ _of_thread = _OfThread()
 def shared(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of this thread, in the same memory each time: new pages would cost more than a product.
 
-    It holds until the name is asked for again. What is asked for has about `ELEMENTS` elements at most.
+    Its values last until the name is asked for again; the memory stays with the thread. What is asked for has about
+    `ELEMENTS` elements at most.
     """
     memory = _of_thread.memory
     size = math.prod(shape)
@@ -114,14 +115,14 @@ class Matrices:
     def backward(self, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of gradients (m, R, Dv) and (m, R, 1). The weights come from the scores anew, and so sum to
         1."""
-        free, probs = self.weights()  # scores are not needed again
+        scores, probs = self.weights()
         dprobs = product(dout, self.value.mT, self.scale * self.keep_scale, out=self._shared("gradients"))
         weights = probs
         if self.keep is not None:
-            weights = torch.mul(probs, self.keep, out=free)
+            weights = torch.mul(probs, self.keep, out=scores)  # which are not needed again
             dprobs.mul_(self.keep)
         dv = product(weights.mT, dout, self.keep_scale)
-        dscores = free
+        dscores = scores  # the same memory
         torch_compat.softmax_backward(dscores, dprobs, probs, -1, log=False)  # times scale
         if dlse is not None:
             dscores.addcmul_(probs, dlse, value=self.scale)
