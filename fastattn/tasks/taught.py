@@ -19,8 +19,9 @@ from fastattn.models import (
     BertForTokenClassification,
     EncoderDecoder,
 )
-from fastattn.models.heads import ClassifierOutput, QuestionAnsweringOutput
-from fastattn.models.losses import widened
+from fastattn.models.head_losses import checked_classes
+from fastattn.models.heads import ClassifierOutput, MaskedLMOutput, PreTrainingOutput, QuestionAnsweringOutput
+from fastattn.models.losses import mean_loss_of, widened
 from fastattn.tasks.training import soft_cross_entropy, soft_loss
 
 FAR = -1e9  # a logit of what takes no part in a softmax, finite at every temperature
@@ -197,25 +198,38 @@ class TaughtMaskedLM(_TaughtWords, BertForMaskedLM):
         given = dict(zip(INPUTS, args)) | kwargs
         if not self.learns(given.get("labels")):
             return super().forward(*args, **kwargs)
-        from fastattn.models.heads import MaskedLMOutput
-
         return MaskedLMOutput(self.taught_words(given)[0], None)
 
 
 class TaughtPreTraining(_TaughtWords, BertForPreTraining):
     """`BertForPreTraining` whose masked words may have a teacher; the next sentence has its labels' loss."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As `BertForPreTraining.forward`; with a teacher its training gives no logits of words."""
+    second_targets = "next_sentence_label"
+
+    def forward(self, *args: Any, second_weight: Tensor | None = None, **kwargs: Any) -> Any:
+        """As `BertForPreTraining.forward`; with a teacher its training gives no logits of words.
+
+        second_weight: what the loss of the next sentence is multiplied by, None for 1.
+        """
+        follow = kwargs.pop("next_sentence_label", None)
+        output = self._of_words(*args, **kwargs)
+        if follow is None:
+            return output
+        targets = checked_classes(
+            "next_sentence_label", follow, (output.seq_relationship_logits.shape[0],), 2
+        )
+        second = mean_loss_of(output.seq_relationship_logits, targets)
+        if second_weight is not None:
+            second = second * second_weight.to(second.dtype)
+        return output._replace(loss=second if output.loss is None else output.loss + second)
+
+    def _of_words(self, *args: Any, **kwargs: Any) -> Any:
+        """The output with the loss of the masked words alone."""
         given = dict(zip(INPUTS, args)) | kwargs
         if not self.learns(given.get("labels")):
             return super().forward(*args, **kwargs)
-        from fastattn.models.heads import PreTrainingOutput
-
         loss, encoded = self.taught_words(given)
         follows = self.seq_relationship(torch.tanh(self.pooler(encoded.tokens.first(encoded.x))))
-        if given.get("next_sentence_label") is not None:
-            loss = loss + cross_entropy(widened(follows), given["next_sentence_label"])
         return PreTrainingOutput(loss, None, follows)
 
 

@@ -20,6 +20,8 @@ class Objective:
 
     Args:
         model: its forward takes a batch's tensors by name and returns an object whose `.loss` is the mean over targets.
+            A model whose loss has a second part, a mean over rows, names these rows' tensor in `second_targets` and
+            takes a `second_weight`, a 0-d tensor that this part is multiplied by.
         parallel: the model, wrapped for data-parallel training.
         device: of the model and the batches.
         dtype: of autocast; float32 means none.
@@ -53,14 +55,22 @@ class Objective:
         """Set .grad to the gradient of the mean loss over all targets; returns that loss and the number of tokens."""
         counts = [self.count_targets(batch) for batch in batches]
         tokens = sum(count_tokens(batch) for batch in batches)
-        targets, all_tokens = self.distributed.sum([sum(counts), tokens], self.device)
+        seconds = [self._count_second(batch) if count else 0 for batch, count in zip(batches, counts)]
+        targets, all_tokens, all_seconds = self.distributed.sum(
+            [sum(counts), tokens, sum(seconds)], self.device
+        )
         if not targets:
             self.warn("all labels are -100, so the gradient is zero")
         loss_sum = torch.zeros((), device=self.device)
         self.losses = []
-        for i, (batch, count) in enumerate(zip(batches, counts)):
+        for i, (batch, count, second) in enumerate(zip(batches, counts, seconds)):
+            weight = count / max(targets, 1.0)
+            # The whole is multiplied by its share of the targets; this part is to have that of rows.
+            if second:
+                own = torch.tensor(second / all_seconds / weight, dtype=torch.float64, device=self.device)
+                batch = {**batch, "second_weight": own}
             with gradient_sync(self.parallel, wanted=i == len(batches) - 1):
-                loss = self._weighted_loss(batch, count / max(targets, 1.0))
+                loss = self._weighted_loss(batch, weight)
                 # DistributedDataParallel divides the sum over processes by their number.
                 self.scaler.scale(loss * self.distributed.world_size).backward()
             self.losses.append(loss.detach().float())
@@ -101,6 +111,11 @@ class Objective:
     def count_targets(self, batch: Batch) -> int:
         """The number of labels of a batch that count in its mean."""
         return count_targets(batch["labels"], shifted=getattr(self.model, "shifts_labels", False))
+
+    def _count_second(self, batch: Batch) -> int:
+        """The rows of a batch in the mean of the loss's second part, 0 where there is none."""
+        name = getattr(self.model, "second_targets", None)
+        return len(batch[name]) if name in batch else 0
 
     def clip_gradients(self, limit: float | None) -> float:
         """Scale finite gradients down to a total norm of `limit`; returns the norm before."""
