@@ -5,6 +5,7 @@ By itself autograd makes a second gradient of the weight's size, zero but for th
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class TiedWeight:
     """A weight whose embedding adds its gradient to the head's, within one run of the autograd engine.
 
     The head's function is made last, so the engine, which runs later functions first, comes to it before the trunk and
-    to the embedding after all. A head that comes too late keeps its gradient, and the engine adds the two.
+    to the embedding after all. A head keeps its gradient, and the engine adds the two, where it comes too late or where
+    the run does not come to the embedding: hidden states may be detached from it.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -46,6 +48,7 @@ class TiedWeight:
         self.task: int | None = None  # the engine's run that `grad` is of
         self.grad: Tensor | None = None
         self.taken: int | None = None  # the last run in which the embedding came by
+        self.lookup: weakref.ref[Any] | None = None  # the embedding's node, which refers to this
 
     def embed(self, ids: Tensor) -> Tensor:
         """weight[ids], (..., E)."""
@@ -58,9 +61,9 @@ class TiedWeight:
         return weight
 
     def leave(self, grad: Tensor) -> bool:
-        """Hand the head's gradient over to the embedding; False if its backward has run already."""
-        task = torch_compat.graph_task()
-        if self.taken == task:
+        """Hand the head's gradient over to the embedding; False if its backward has run already or will not run."""
+        task, node = torch_compat.graph_task(), None if self.lookup is None else self.lookup()
+        if self.taken == task or node is None or not torch_compat.will_execute(node):
             return False
         if self.task == task and self.grad is not None:  # the head was used twice
             grad = self.grad + grad
@@ -92,6 +95,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: TiedWeight) -> Tensor:
         ctx.tied, ctx.shape = tied, weight.shape
+        tied.lookup = weakref.ref(ctx)
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 

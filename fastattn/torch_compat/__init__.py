@@ -56,6 +56,7 @@ from .state import (
     state_of_call,
     tensor_guard,
     transforms_active,
+    will_execute,
 )
 
 __all__ = [
@@ -113,4 +114,5 @@ __all__ = [
     "torch_sdpa",
     "transforms_active",
     "version_of",
+    "will_execute",
 ]

@@ -299,6 +299,17 @@ def graph_task() -> int:
     return -1 if _graph_task is None else int(_graph_task())
 
 
+_will_execute = find("torch._C._will_engine_execute_node")
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the engine's run that calls a backward comes to a node, or has come to it already.
+
+    Fallback: False.
+    """
+    return _will_execute is not None and bool(_will_execute(node))
+
+
 _TorchDispatchMode = find("torch.utils._python_dispatch.TorchDispatchMode")
 
 

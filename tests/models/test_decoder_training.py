@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from small_models import GPT2, KINDS, VOCAB
 from small_models import make_gpt as make
 
+from fastattn import torch_compat
 from fastattn.models import GPT, GPTConfig
 from numerics import assert_within_rule
 
@@ -85,6 +86,38 @@ def test_a_tied_weight_has_the_sum_of_both_gradients(what, keep):
     torch.testing.assert_close(weight.grad, expected)
     what(model(tokens, labels=tokens, return_logits=keep)).backward()  # added to what is there
     torch.testing.assert_close(weight.grad, 2 * expected)
+
+
+def detached(module, args, out):
+    return out.detach()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("cut", ["block", "dropout", "frozen", "input"])
+def test_a_head_keeps_its_gradient_where_the_embedding_gets_none(cut, known, monkeypatch):
+    """Hidden states may be detached from the embedding, or a gradient of the head's product alone be asked for."""
+    if not known:
+        monkeypatch.setattr(torch_compat, "will_execute", lambda node: False)
+    model, tokens = make().train(), ids(3, 9)
+    twin = untied(model)
+    for each in (model, twin):
+        if cut in ("block", "dropout"):
+            module = each.h[0] if cut == "block" else each.drop
+            module.register_forward_hook(detached)
+        if cut == "frozen":
+            each.h[0].forward = torch.no_grad()(each.h[0].forward)
+    for _ in range(2):
+        losses = [each(tokens, labels=tokens).loss for each in (model, twin)]
+        if cut == "input":
+            for each, loss in zip((model, twin), losses):
+                torch.autograd.grad(loss, [each.h[0].ln_1.weight], retain_graph=True)
+        model.zero_grad()
+        twin.zero_grad()
+        for loss in losses:
+            loss.backward()
+        parts = [w.grad for w in (twin.wte.weight, twin.lm_head.weight) if w.grad is not None]
+        assert len(parts) == (2 if cut == "input" else 1)
+        torch.testing.assert_close(model.wte.weight.grad, sum(parts))
 
 
 @pytest.mark.parametrize("tied", [False, True])
