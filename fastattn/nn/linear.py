@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,26 @@ ONEDNN_MIN_WEIGHTS = 1 << 20  # below, a oneDNN call of one row costs more than 
 # The least for shapes that repeat, as in steps of generation: the kernel that oneDNN makes for a shape is used again.
 REPEATED_MIN_ROWS, REPEATED_MIN_PRODUCTS = 4, 1 << 20
 REPEATED_MOST_ROWS = 32  # more are those of a prompt, whose number may not come again
-REMAKE = "_fastattn_remake"  # the attribute of a tensor that holds how to recompute it
+
+Sources = tuple["Tensor | None", ...]
+
+
+class Recipe(NamedTuple):
+    """How a tensor was made: function(*sources), as long as none of them was changed in place since."""
+
+    result: weakref.ref[Tensor]
+    function: Callable[..., Tensor]
+    sources: Sources
+    versions: list[int | None]  # of the result and the sources
+
+
+class _Last(threading.local):
+    """A thread's last remade tensor: a layer takes it before the next one is made, so one is enough to keep."""
+
+    recipe: Recipe | None = None
+
+
+_last = _Last()
 
 
 class Linear(nn.Linear):
@@ -36,8 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
     """
     if torch_compat.has_onednn_linear() and _suits_onednn(x, weight, repeated):
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
-            function, sources = getattr(x, REMAKE, (None, (x,)))
-            out: Tensor = _OneDnnLinear.apply(x, weight, bias, function, *sources)
+            out: Tensor = _OneDnnLinear.apply(x, weight, bias, *_recipe_of(x))
             return out
         # MKL reads a weight for one row fastest, where it is made for the CPU
         several = x.numel() > weight.shape[1]
@@ -54,7 +74,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, repeated: b
 def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
     """function(*sources) as the input of linear layers, which save only the sources and recompute it in their backward.
 
-    The function has to give the same values every time. Other users of the result still save it.
+    The function has to give the same values every time. Other users of the result still save it, and so do layers that
+    come after another call, or after a change in place.
     """
     result = function(*sources)
     if (
@@ -63,8 +84,29 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
         and result.requires_grad
         and recorded_by_autograd_alone(result)
     ):
-        setattr(result, REMAKE, (function, sources))
+        versions = _versions(result, *sources)
+        _last.recipe = Recipe(weakref.ref(result, _forget), function, sources, versions)
     return result
+
+
+def _recipe_of(x: Tensor) -> tuple[Any, ...]:
+    """The function that makes x and its sources; None and x where it cannot be made again."""
+    recipe = _last.recipe
+    if recipe is not None and recipe.result() is x:
+        versions = _versions(x, *recipe.sources)
+        if versions == recipe.versions and versions[0] is not None:
+            return recipe.function, *recipe.sources
+    return None, x
+
+
+def _versions(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else torch_compat.version_of(tensor) for tensor in tensors]
+
+
+def _forget(result: weakref.ref[Tensor]) -> None:
+    """Let the sources of a freed tensor go."""
+    if _last.recipe is not None and _last.recipe.result is result:
+        _last.recipe = None
 
 
 class _OneDnnLinear(torch.autograd.Function):

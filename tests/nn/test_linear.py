@@ -1,5 +1,8 @@
 """Linear is torch's, with or without oneDNN: same class to its users, same result, same gradients, same refusals."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +180,37 @@ def test_what_a_layer_needs_of_a_changed_source_is_refused(calls):
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+@pytest.mark.parametrize(("changed", "function"), [("result", torch.sin), ("source", F.relu)])
+def test_an_input_that_is_changed_in_place_is_not_remade(calls, changed, function):
+    """What is changed is what the function's own gradient has no need of."""
+    weight = torch.randn(16, 24, requires_grad=True)
+
+    def gradients(before):
+        leaf = torch.linspace(-1, 1, 5 * 24).view(5, 24).requires_grad_()
+        source = leaf * 1
+        result = before(source)
+        {"result": result, "source": source}[changed].detach().mul_(0.5)
+        return torch.autograd.grad(linear(result, weight).square().sum(), [leaf, weight])
+
+    for actual, expected in zip(gradients(lambda x: module.remade(function, x)), gradients(function)):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kept", ["replaced", "freed"])
+def test_a_remade_result_is_a_plain_tensor_that_keeps_no_source(kept):
+    x = torch.randn(5, 24, requires_grad=True).clone()
+    h = module.remade(F.relu, x)
+    assert not vars(h)
+    source = weakref.ref(x)
+    if kept == "replaced":
+        module.remade(F.relu, torch.randn(2, 2, requires_grad=True))
+    else:
+        del h
+    del x
+    gc.collect()
+    assert source() is None
 
 
 @needs_onednn
