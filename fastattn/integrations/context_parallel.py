@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.ops import arguments
 from fastattn.ops.attention import attention as attend
 
 Parts = Sequence[Sequence[range]]
@@ -55,7 +56,7 @@ def attention(
     parts: Parts,
     *,
     group: dist.ProcessGroup | None = None,
-    causal: bool = True,
+    causal: bool | str = True,
     window: tuple[int | None, int | None] | None = None,
     segment_ids: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -74,7 +75,7 @@ def attention(
         group: the processes, the default group if None.
         segment_ids: (B, S_r) integers; only equal ids attend, negative ids nothing.
         causal, window, alibi_slopes, softcap, sinks, scale, return_lse, backend: as in `fastattn.attention`, of places
-            in the whole sequence. Slopes need causal=True. The gradient of slopes and sinks is this process's share:
+            in the whole sequence. Slopes need causality. The gradient of slopes and sinks is this process's share:
             sum it over the group as those of other parameters.
 
     Returns:
@@ -84,15 +85,15 @@ def attention(
     for the forward pass, and as many sums of gradients are formed and scattered in the backward pass.
 
     Raises:
-        ValueError: an argument does not fit the parts or the group.
+        ValueError, TypeError: an argument does not fit the parts or the group.
     """
     rank, length = _check(query, key, value, parts, group, segment_ids)
+    causal = arguments.causal_mode(causal) != "none"  # the whole sequence is square, so both modes are one
     if alibi_slopes is not None and not causal:
-        raise ValueError("alibi_slopes: needs causal=True where the sequence is split over processes")
+        raise ValueError("alibi_slopes: needs causality where the sequence is split over processes")
     keys, values = (_Gather.apply(t, parts, rank, group) for t in (key, value))
     ids = None if segment_ids is None else _gathered(segment_ids, parts, 1, group)
-    left, right = window if window is not None else (None, None)
-    left, right = (None if side is None or side < 0 else side for side in (left, right))
+    left, right = (None if side < 0 else side for side in arguments.window_bounds(window))
     results: list[Tensor] = []
     start = 0
     for part in parts[rank]:

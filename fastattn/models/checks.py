@@ -1,9 +1,13 @@
-"""Checks of ids: dtype and shape, and values where reading them is cheap."""
+"""Checks of ids: dtype and shape, and values where reading them is cheap; of caches and flags."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastattn.nn.kv_cache import KVCache
 
 
 def check_ids(name: str, ids: Tensor) -> None:
@@ -32,3 +36,15 @@ def check_flags(**flags: object) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: got {flag!r}, needs True or False")
+
+
+def check_caches(caches: Any, layers: int, needs: tuple[int, int]) -> None:
+    """A list of a `KVCache` for each layer, of `needs`, (batch, key heads)."""
+    if not (isinstance(caches, (list, tuple)) and all(isinstance(layer, KVCache) for layer in caches)):
+        raise TypeError(f"cache: got {type(caches).__name__}, needs a list of KVCache, as new_cache makes")
+    shapes = [tuple(layer.keys.shape[:2]) for layer in caches]
+    if len(caches) != layers or any(shape != needs for shape in shapes):
+        raise ValueError(
+            f"cache: got {len(caches)} layers of (batch, heads) {sorted(set(shapes))}, "
+            f"needs {layers} of {needs}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from fastattn import torch_compat
 from fastattn.constants import MAX_INT32
 from fastattn.generation import generate
 from fastattn.models.checkpoint import DECODERS, Pretrained
-from fastattn.models.checks import check_flags, check_ids, check_range
+from fastattn.models.checks import check_caches, check_flags, check_ids, check_range
 from fastattn.models.config import FULL, GPTConfig
 from fastattn.models.decodable import can_decode
 from fastattn.models.decoder_inputs import (
@@ -31,7 +32,7 @@ from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
 from fastattn.nn.cross_attention import CrossAttention, Memory
 from fastattn.nn.int8 import check_kind
-from fastattn.nn.kv_cache import KVCache
+from fastattn.nn.kv_cache import KVCache, lengths_kept_on_error
 from fastattn.nn.linear import Linear, linear
 from fastattn.nn.norms import RMSNorm, normalised
 from fastattn.nn.positions import RotaryTable, lengths_of_segments, sinusoids
@@ -181,14 +182,15 @@ class GPT(Pretrained, nn.Module):
         hidden: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
         crossed: list[Tensor] | None = [] if output_attentions and memory is not None else None
-        for i, (block, kind) in enumerate(zip(self.h, config.kinds)):
-            if hidden is not None:
-                hidden.append(x)
-            past_keys = None if cache is None else cache[i]
-            x = block(
-                x, **visible, rotary=tables.get(kind), cache=past_keys, weights=weights,
-                memory=memory, cross_weights=crossed,
-            )  # fmt: skip
+        with nullcontext() if cache is None else lengths_kept_on_error(cache):
+            for i, (block, kind) in enumerate(zip(self.h, config.kinds)):
+                if hidden is not None:
+                    hidden.append(x)
+                past_keys = None if cache is None else cache[i]
+                x = block(
+                    x, **visible, rotary=tables.get(kind), cache=past_keys, weights=weights,
+                    memory=memory, cross_weights=crossed,
+                )  # fmt: skip
         x = self.ln_f(x)  # (B, S, E)
         inside = (
             None if hidden is None else (*hidden, x), None if weights is None else tuple(weights),
@@ -302,23 +304,13 @@ class GPT(Pretrained, nn.Module):
             if tensor is not None:
                 check_tensor(name, tensor)
         check_tensor("input_ids", input_ids)
-        if cache is not None and not (
-            isinstance(cache, (list, tuple)) and all(isinstance(layer, KVCache) for layer in cache)
-        ):
-            raise TypeError(f"cache: got {type(cache).__name__}, needs a list of KVCache, as new_cache makes")
         if not is_integer(logits_to_keep):
             raise TypeError(f"logits_to_keep: got {logits_to_keep!r}, needs an integer")
         check_ids("input_ids", input_ids)
         batch, seqlen = input_ids.shape
-        past = cache[0].length if cache else 0
         if cache is not None:
-            needs = (batch, self.config.kv_heads)
-            shapes = [tuple(layer.keys.shape[:2]) for layer in cache]
-            if len(cache) != len(self.h) or any(shape != needs for shape in shapes):
-                raise ValueError(
-                    f"cache: got {len(cache)} layers of (batch, heads) {sorted(set(shapes))}, "
-                    f"needs {len(self.h)} of {needs}"
-                )
+            check_caches(cache, len(self.h), (batch, self.config.kv_heads))
+        past = cache[0].length if cache else 0
         if attention_mask is not None and attention_mask.shape != (batch, past + seqlen):
             shape = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask: got shape {shape}, needs {(batch, past + seqlen)}")

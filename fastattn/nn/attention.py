@@ -326,8 +326,10 @@ class MultiHeadAttention(Heads):
         seq_dim = 1 if batched and self.batch_first else 0
         alignment: bool | str = causal
         positional = self.rotary is not None or self.window is not None or self.alibi_slopes is not None
-        if is_causal and key_padding_mask is None and not need_weights and not positional:
-            # torch trusts the hint here and uses attn_mask elsewhere; positions count from the last key in both
+        held = 0 if cache is None else cache.length
+        if is_causal and key_padding_mask is None and not need_weights and not positional and not held:
+            # torch trusts the hint here and uses attn_mask elsewhere; positions count from the last key in both, and
+            # with earlier keys the hint does not say where a query stands
             alignment, attn_mask = "top_left", None
         masks = quietly(
             merge_masks,
@@ -336,12 +338,12 @@ class MultiHeadAttention(Heads):
             batch=query.shape[1 - seq_dim] if batched else 1,
             num_heads=self.num_heads,
             seqlen_q=query.shape[seq_dim],
-            seqlen_k=key.shape[seq_dim] + (0 if cache is None else cache.length),
+            seqlen_k=key.shape[seq_dim] + held,
             batched=batched,
         )
 
         q, k, v = self._project(query, key, value)  # (B, H, L, D), (B, Hkv, S, D) twice
-        q, k = self._place(q, k, rotary, 0 if cache is None else cache.length)
+        q, k = self._place(q, k, rotary, held)
         if appended:
             k, v = self._append_keys(k, v)
             masks = masks.padded(appended)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class KVCache:
             out (B, H, Sq, D), and the weights if asked for.
 
         Raises:
-            ValueError, TypeError: as `append` and `fastattn.attention`.
+            ValueError, TypeError: as `append` and `fastattn.attention`, and for a query of another dtype than the
+                buffers' without autocast. The length is then what it was.
         """
         more = (bias, segment_ids, key_lengths)
         is_step = (
@@ -115,13 +117,22 @@ class KVCache:
             )
             self.length = end
             return out
+        if query.dtype != self.keys.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"cache: got {self.keys.dtype}, needs the query's {query.dtype}")
+        held = self.length
         keys, values = self.append(key, value)
-        if lengths is not None:
-            return attention_kv_cache(query, self.keys, self.values, lengths, causal=False, **options)
-        options |= {"segment_ids": segment_ids, "key_lengths": key_lengths, "return_weights": return_weights}
-        return attention(
-            query, keys, values, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, **options
-        )
+        try:
+            if lengths is not None:
+                return attention_kv_cache(query, self.keys, self.values, lengths, causal=False, **options)
+            options |= {
+                "segment_ids": segment_ids, "key_lengths": key_lengths, "return_weights": return_weights,
+            }  # fmt: skip
+            return attention(
+                query, keys, values, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, **options
+            )
+        except BaseException:
+            self.length = held
+            raise
 
     def _end_of(self, key: Tensor, value: Tensor) -> int:
         """The number of tokens held after the append; ValueError if they do not fit."""
@@ -140,6 +151,18 @@ class KVCache:
         """Sequence i becomes a copy of sequence rows[i], (B,) integers, as beams need."""
         to = torch.arange(len(rows), device=rows.device)
         copy_sequences((self.keys, self.values), rows, to, self.length)
+
+
+@contextmanager
+def lengths_kept_on_error(caches: Sequence[KVCache]) -> Iterator[None]:
+    """Where the block raises, the caches hold as many tokens as before: a layer may refuse what earlier ones took."""
+    lengths = [cache.length for cache in caches]
+    try:
+        yield
+    except BaseException:
+        for cache, length in zip(caches, lengths):
+            cache.length = length
+        raise
 
 
 def copy_sequences(buffers: Iterable[Tensor], source: Tensor, target: Tensor, tokens: int) -> None:

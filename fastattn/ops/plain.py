@@ -86,7 +86,8 @@ def attention_varlen(call: VarlenCall, *, lse: bool = False, any_seed: bool = Tr
         call, query, key, value, seen, distance, slopes, None, causal=False, lse=lse, dropout_p=call.dropout_p
     )
     if isinstance(result, tuple):
-        return result[0][0].transpose(0, 1), result[1][0]
+        of_none = of_query == batch  # such a token has no sink either
+        return result[0][0].transpose(0, 1), result[1][0].masked_fill(of_none, NOTHING)
     return result[0].transpose(0, 1)
 
 

@@ -104,7 +104,11 @@ def modules(mesh):
 def sequences(rank, world_size):
     """Results and gradients of a split sequence are the rows of the whole one's; lengths need not divide."""
     cases = itertools.product(
-        (37, 3, 1, 64), (True, False), (None, (5, 0), (7, 3), (None, 2)), (False, True), (False, True)
+        (37, 3, 1, 64),
+        (True, "top_left", False),
+        (None, (5, 0), (7, 3), (None, 2)),
+        (False, True),
+        (False, True),
     )
     for length, causal, window, documents, extras in cases:
         generator = torch.Generator().manual_seed(length)

@@ -94,18 +94,25 @@ VARLEN = {
     "top left": {"causal": "top_left"},
     "window": {"window": (1, 1)},
     "slopes": {"alibi_slopes": randn(3, H), "softcap": 3.0, "return_lse": True},
-    "sinks": {"sinks": randn(H), "alibi_slopes": randn(H)},
+    "sinks": {"alibi_slopes": randn(H)},
+    "sinks, lse": {"return_lse": True},
 }
 
 
-@pytest.mark.parametrize("options", VARLEN.values(), ids=VARLEN)
-def test_packed_sequences(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", VARLEN)
+def test_packed_sequences(name: str) -> None:
     """With an empty sequence, queries without keys, and tokens that belong to none."""
     cu_seqlens = torch.tensor([0, 3, 3, 8]).int(), torch.tensor([0, 4, 9, 9]).int()
     tensors = [randn(n, heads, D, seed=i) for i, (n, heads) in enumerate(((9, H), (10, HKV), (10, HKV)))]
+    if "sinks" in name:
+        tensors.append(randn(H, seed=3))
 
     def call(function: Callable[..., Any]) -> list[Tensor]:
-        return results_of(lambda *operands: function(*operands, *cu_seqlens, **options), tensors)
+        def of(*operands: Tensor) -> Any:
+            sinks = operands[3] if len(operands) > 3 else None
+            return function(*operands[:3], *cu_seqlens, sinks=sinks, **VARLEN[name])
+
+        return results_of(of, tensors)
 
     with plain_torch():
         actual = call(fastattn.attention_varlen)

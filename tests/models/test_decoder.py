@@ -11,6 +11,7 @@ from small_models import make_gpt as make
 
 from fastattn.models import GPT, GPTConfig
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.kv_cache import KVCache
 
 every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 
@@ -295,6 +296,32 @@ def test_bad_calls_are_refused_by_name(call, name):
     model = make()
     with torch.no_grad(), pytest.raises(ValueError, match=name):
         call(model)
+
+
+def of_float16(cache, model):
+    cache[1] = KVCache(2, 4, 9, 8, dtype=torch.float16)
+
+
+def of_less_room(cache, model):
+    cache[1] = KVCache(2, 4, 4, 8, dtype=torch.float64)
+
+
+def of_a_layer_that_trains(cache, model):
+    model.requires_grad_(False)
+    model.h[1].requires_grad_()
+
+
+@pytest.mark.parametrize("differs", [of_float16, of_less_room, of_a_layer_that_trains])
+def test_a_layer_that_refuses_leaves_the_lengths_of_all_caches(differs):
+    model, tokens = make(), ids(2, 5)
+    cache = model.new_cache(2, 9)
+    differs(cache, model)
+    held = 2
+    for layer in cache:
+        layer.append(*torch.randn(2, *layer.keys.shape[:2], held, layer.keys.shape[3]).unbind())
+    with pytest.raises((TypeError, ValueError), match="cache"):
+        model(tokens, cache=cache)
+    assert [layer.length for layer in cache] == [held] * len(cache)
 
 
 def with_an_offset():

@@ -173,6 +173,22 @@ def test_cache_decodes_what_the_whole_sequence_gives(options):
         module(x[:, :1], x[:, :1], x[:, :1], causal=True, cache=cache)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_hint_of_a_causal_mask_changes_nothing_with_a_cache(is_causal):
+    torch.manual_seed(0)
+    module = MultiHeadAttention(EMBED, HEADS, batch_first=True, dtype=torch.float64)
+    x, later = torch.randn(2, 9, EMBED, dtype=torch.float64), torch.ones(9, 9, dtype=torch.bool).triu(1)
+    cache = KVCache(2, HEADS, 9, module.head_dim, dtype=torch.float64)
+    options = {"need_weights": False, "is_causal": is_causal, "cache": cache}
+    with torch.no_grad():
+        whole = module(x, x, x, causal=True, need_weights=False)[0]
+        parts = [
+            module(part, part, part, attn_mask=later[end - part.shape[1] : end, :end], **options)[0]
+            for part, end in zip(x.split([4, 3, 1, 1], dim=1), (4, 7, 8, 9))
+        ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
 def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, object]]:
     """The options of each call that a cache makes of a function."""
     from fastattn.nn import kv_cache

@@ -93,3 +93,30 @@ def test_cache_refuses_gradients():
     x = torch.randn(2, 3, EMBED, dtype=torch.float64)
     with pytest.raises(ValueError, match="gradient"):
         ours(x, x, x, cache=KVCache(2, HEADS, 4, EMBED // HEADS, dtype=torch.float64))
+
+
+OTHER = torch.zeros(1, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"key_lengths": torch.tensor([99, 1])}, {"segment_ids": OTHER}, {"backend": "cuda"}, {"dtype": torch.float32},
+     {"length": 3}, {"backend": "cuda", "mask": True}, {"backend": "cuda", "need_weights": True}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("held", [0, 2])
+@torch.no_grad()
+def test_a_refused_call_leaves_the_length_of_its_cache(held, options):
+    options = dict(options)
+    dtype, length = options.pop("dtype", torch.float64), options.pop("length", 1)
+    masked = options.pop("mask", False)
+    module = MultiHeadAttention(
+        EMBED, HEADS, batch_first=True, dtype=torch.float64, backend=options.pop("backend", "auto")
+    )
+    cache = KVCache(2, HEADS, held + 2, EMBED // HEADS, dtype=dtype)
+    cache.append(*torch.randn(2, 2, HEADS, held, EMBED // HEADS, dtype=dtype).unbind())
+    x = torch.randn(2, length, EMBED, dtype=torch.float64)
+    padding = torch.zeros(2, held + length, dtype=torch.bool) if masked else None
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        module(x, x, x, padding, causal=True, cache=cache, **{"need_weights": False, **options})
+    assert cache.length == held
