@@ -210,7 +210,7 @@ def call_arguments(
     """The public arguments, checked and put in the order of KVCacheCall's fields."""
     tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache, "key": key, "value": value}
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in ("key", "value"):
             continue
         arguments.check_tensor(name, tensor)
         if tensor.dim() != 4:

@@ -185,7 +185,7 @@ def _linear_arguments(
     """The arguments of `linear_cross_entropy`, checked, in the order of LinearCrossEntropyCall's fields, and the
     losses' shape."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
+        if tensor is not None or name != "bias":
             arguments.check_tensor(name, tensor)
             arguments.check_floating(name, tensor)
     hidden = loss_arguments.autocast(hidden)

@@ -67,6 +67,8 @@ def look_up(op: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tupl
     if not _PLAIN.issuperset(kinds):
         return None, None
     first, second = tensors[0], tensors[1]
+    if first is None:  # which the full path refuses
+        return None, None
     outside: tuple[Any, ...] = ()  # what no tensor's shape, strides, dtype and dispatch keys tell
     if first.is_cuda or environment is not switches.UNSET or options[-1] not in _ON_ANY_ADDRESS:
         try:

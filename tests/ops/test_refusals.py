@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ import fastattn
 from fastattn import backends, extension
 from fastattn.backends import torch as torch_backend
 from fastattn.extension.info import BuildInfo
+from fastattn.integrations.export import plain_torch
 
 NAMES = ("auto", *backends.NAMES)
 Ran = dict[str, str]  # function of backends: the backend whose function ran
@@ -217,6 +219,21 @@ def refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[An
         if "run this call: " not in str(error):
             raise
         return None, str(error)
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], 3], ids=str)
+@pytest.mark.parametrize("state", ["eager", "autocast", "plain torch"])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_an_operand_that_is_no_tensor_is_refused_by_name(op: Op, state: str, wrong: Any) -> None:
+    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "plain torch": plain_torch()}
+    tensors = op.tensors()
+    for name in tensors:
+        optional = wrong is None and name in ("key", "value") and "k_cache" in tensors
+        for call in (op.call, op.explain):
+            with modes.get(state, nullcontext()), pytest.raises((TypeError, ValueError)) as refused:
+                call(**tensors | {name: wrong})
+            assert str(refused.value).startswith(f"{name}: got {type(wrong).__name__.replace('Type', '')}"), name
+            assert isinstance(refused.value, TypeError) != optional
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
