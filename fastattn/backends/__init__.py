@@ -252,8 +252,8 @@ def available() -> list[tuple[str, str | None]]:
 
 
 def resolve(name: str) -> str:
-    """The backend that `name` means: for "auto", the value of FASTATTN_BACKEND where that is set."""
-    forced = os.environ.get(switches.BACKEND_VARIABLE, "auto") if name == "auto" else "auto"
+    """The backend that `name` means: for "auto", the value of FASTATTN_BACKEND where that is set and not empty."""
+    forced = (os.environ.get(switches.BACKEND_VARIABLE) or "auto") if name == "auto" else "auto"
     if forced == "auto":
         return name
     if forced not in NAMES:

@@ -62,11 +62,11 @@ UNSET = (None, None, None)
 
 def environment() -> tuple[Any, Any, Any]:
     """What the variables say now on which the choice of a backend depends, to be compared only; UNSET itself if all
-    are unset."""
+    are unset. One of an empty text counts as unset."""
     forced, disabled, interpreter = _RAW.get(_BACKEND), _RAW.get(_DISABLE), _RAW.get(_INTERPRETER)
-    if forced is None and disabled is None and interpreter is None:
+    if not (forced or disabled or interpreter):
         return UNSET
-    return forced, disabled, interpreter
+    return forced or None, disabled or None, interpreter or None
 
 
 @lru_cache(maxsize=8)

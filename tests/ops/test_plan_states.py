@@ -116,6 +116,23 @@ def test_the_environment_is_read_anew_in_every_call(monkeypatch: pytest.MonkeyPa
         assert switches.environment() is switches.UNSET
 
 
+def test_an_empty_variable_is_as_if_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = heads(torch.float32)
+    expected = fastattn.attention(*tensors)
+    for name in ("FASTATTN_BACKEND", "FASTATTN_DISABLE", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "")
+    assert switches.environment() is switches.UNSET
+    assert backends.resolve("auto") == "auto"
+    assert backends.runs_every_pass("auto")
+    assert fastattn.explain(*tensors).backend == "torch"
+    for _ in range(3):
+        assert torch.equal(fastattn.attention(*tensors), expected)
+    assert plan.count() == 1
+    monkeypatch.setenv("FASTATTN_DISABLE", "triton")
+    assert switches.environment() != switches.UNSET
+    assert fastattn.explain(*tensors).backend == "torch"
+
+
 def test_where_the_state_cannot_be_told_there_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastattn.torch_compat.state._CAN_TELL_STATE", False)
     tensors = heads(torch.float32)
