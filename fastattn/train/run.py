@@ -28,6 +28,7 @@ from fastattn.train.adapters import attach_adapters
 from fastattn.train.checkpoint import OPTIONS, REPORT, RunDirectory
 from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
+from fastattn.train.distributed import usable_device
 from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
@@ -212,6 +213,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     if sections.lora.r is not None:
         attach_adapters(model, task, sections.lora)
     extra = {} if teacher is None else {"teacher": teacher}
+    _move(task, sections, model, teacher)
     if corpus is None:
         train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
         dev_set = _dev_set(task, model, tokenizer, data.dev, data.options)
@@ -228,6 +230,17 @@ def _prepare(inputs: Inputs) -> Prepared:
     about = describe(task, sections, data, model, tokenizer, inputs.teacher)
     notes = () if directory.resume_from is None else tuple(check_same(directory.resume_from, about))
     return Prepared(task, inputs, sections, data, model, tokenizer, saved, train_set, dev_set, about, notes)
+
+
+def _move(task: ModuleType, sections: Sections, model: nn.Module, teacher: tuple[Any, Any] | None) -> None:
+    """Put a model that runs over the examples before training onto the device of the training."""
+    moved = None
+    if task is dpo and sections.train.sharding != "fsdp":  # there a device may not have room for all of it
+        moved = model
+    elif task is classify and teacher is not None:
+        moved = teacher[0]
+    if moved is not None:
+        moved.to(usable_device(sections.train.device))
 
 
 def _dev_set(task: ModuleType, *arguments: Any, **options: Any) -> Any:
