@@ -138,49 +138,104 @@ class Cleaner:
         dropping = ("min_chars", "max_chars", "exact_duplicates", "near_duplicates")
         on = [*self._edits, *(name for name in dropping if getattr(config, name) not in (False, None))]
         self.counts = dict.fromkeys(on, 0)
-        self._seen: set[bytes] = set()
-        self._near = None if config.near_duplicates is None else _NearDuplicates(config.near_duplicates)
+        self._duplicates()  # refuses a missing package before any record is read
 
-    def kept(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The records that remain, in their order; of duplicates the first."""
+    def fitting(self, record: Record) -> Record | None:
+        """The record with its texts edited; None where its length drops it, and only then it is counted."""
+        edited, changed = self._edited(record)
+        step = self._by_length(edited)
+        if step is None:
+            return edited
+        self._count(*changed, step)
+        return None
+
+    def kept(self, records: Iterable[Record], held: Iterable[Record] = ()) -> Iterator[Record]:
+        """The records that remain, in their order; of duplicates the first, and none of those in `held`.
+
+        held: records that are not cleaned, compared as they are after editing.
+        """
+        duplicates = self._duplicates()
+        if duplicates is not None:
+            for record in held:
+                duplicates.add(self._edited(record)[0])
         for record in records:
-            edited = self._edited(record)
-            dropped = self._dropped(edited)
-            if dropped is None:
+            edited, changed = self._edited(record)
+            self._count(*changed)
+            step = self._by_length(edited)
+            if step is None and duplicates is not None:
+                step = duplicates.step(edited)
+            if step is None:
                 yield edited
             else:
-                self.counts[dropped] += 1
+                self._count(step)
 
     def check_some_left(self, count: int) -> None:
         """Raise DataError where no record is left."""
         if not count:
             raise DataError("clean: dropped every example, by step: " + _listed(self.counts))
 
-    def _edited(self, record: Record) -> Record:
+    def _count(self, *steps: str) -> None:
+        for step in steps:
+            self.counts[step] += 1
+
+    def _edited(self, record: Record) -> tuple[Record, list[str]]:
+        """The record with its texts edited, and the steps that changed it."""
+        changed = []
         for name, edit in self._edits.items():
             new = {each: _applied(record.fields[each], edit) for each in self.names if each in record.fields}
             if any(record.fields[each] != value for each, value in new.items()):
-                self.counts[name] += 1
+                changed.append(name)
                 record = Record(record.where, {**record.fields, **new})
-        return record
+        return record, changed
 
-    def _dropped(self, record: Record) -> str | None:
-        """The step that drops a record."""
+    def _by_length(self, record: Record) -> str | None:
+        """The step that drops a record for its length."""
         config = self.config
-        if config.min_chars is not None or config.max_chars is not None:
-            size = sum(len(text) for text in _texts(record, self.names))
-            if config.min_chars is not None and size < config.min_chars:
-                return "min_chars"
-            if config.max_chars is not None and size > config.max_chars:
-                return "max_chars"
-        if config.exact_duplicates:
-            digest = hashlib.sha256(contents(record, self._compared).encode()).digest()
+        if config.min_chars is None and config.max_chars is None:
+            return None
+        size = sum(len(text) for text in _texts(record, self.names))
+        if config.min_chars is not None and size < config.min_chars:
+            return "min_chars"
+        return "max_chars" if config.max_chars is not None and size > config.max_chars else None
+
+    def _duplicates(self) -> _Duplicates | None:
+        """Where records are compared; None where neither step for duplicates is on."""
+        if not self.config.exact_duplicates and self.config.near_duplicates is None:
+            return None
+        return _Duplicates(self.config, self.names, self._compared)
+
+
+class _Duplicates:
+    """Records that have been seen, against which further ones are compared."""
+
+    def __init__(self, config: CleaningConfig, names: Sequence[str], compared: Sequence[str] | None) -> None:
+        self._names, self._compared = names, compared
+        self._seen: set[bytes] | None = set() if config.exact_duplicates else None
+        self._near = None if config.near_duplicates is None else _NearDuplicates(config.near_duplicates)
+
+    def add(self, record: Record) -> None:
+        """Add a record, whether or not it is a duplicate."""
+        if self._seen is not None:
+            self._seen.add(self._digest(record))
+        if self._near is not None:
+            self._near.add(self._text(record))
+
+    def step(self, record: Record) -> str | None:
+        """The step that drops a record; one that is no duplicate is added."""
+        if self._seen is not None:
+            digest = self._digest(record)
             if digest in self._seen:
                 return "exact_duplicates"
             self._seen.add(digest)
-        if self._near is not None and self._near.holds(" ".join(_texts(record, self.names))):
+        if self._near is not None and self._near.holds(self._text(record)):
             return "near_duplicates"
         return None
+
+    def _digest(self, record: Record) -> bytes:
+        return hashlib.sha256(contents(record, self._compared).encode()).digest()
+
+    def _text(self, record: Record) -> str:
+        return " ".join(_texts(record, self._names))
 
 
 def repaired(text: str) -> str:
@@ -273,15 +328,32 @@ class _NearDuplicates:
 
     def holds(self, text: str) -> bool:
         """Whether an earlier text is about the same; one that is not is added."""
+        sketch = self._sketch(text)
+        if self._nearest(sketch) >= self._threshold:
+            return True
+        self._insert(sketch)
+        return False
+
+    def add(self, text: str) -> None:
+        """Add a text, also where an earlier one is about the same: a later text may be similar to this one only."""
+        sketch = self._sketch(text)
+        if self._nearest(sketch) < 1.0:
+            self._insert(sketch)
+
+    def _sketch(self, text: str) -> Any:
         sketch = self._datasketch.MinHash(num_perm=PERMUTATIONS)
         # a lone surrogate is refused with its line where examples are made
         sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles(text)])
-        if any(sketch.jaccard(self._sketches[name]) >= self._threshold for name in self._index.query(sketch)):
-            return True
+        return sketch
+
+    def _nearest(self, sketch: Any) -> float:
+        """The similarity of the most similar earlier text that the index finds."""
+        return max((sketch.jaccard(self._sketches[name]) for name in self._index.query(sketch)), default=0.0)
+
+    def _insert(self, sketch: Any) -> None:
         name = str(len(self._sketches))
         self._index.insert(name, sketch)
         self._sketches[name] = sketch
-        return False
 
 
 def shingles(text: str) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from fastattn.cache import write_atomically
 from fastattn.data.corpora import DataError
@@ -54,6 +55,14 @@ class InputTokenizer:
         self.mask_id = None if mask_token is None else core.token_to_id(mask_token)
         self.max_length = max_length
         self.typed = typed
+        self.changed = False  # whether it makes other tokens than its files
+
+    def isolate(self, pattern: str) -> None:
+        """Have each match of a regular expression in the normalised text begin and end a token."""
+        split: Any = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        then = self.core.pre_tokenizer
+        self.core.pre_tokenizer = split if then is None else pre_tokenizers.Sequence([split, then])
+        self.changed = True
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> InputTokenizer:

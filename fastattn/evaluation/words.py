@@ -12,7 +12,7 @@ _RANGES = (
     "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\uff66-\uff9f\U00020000-\U000323af"
 )
-_UNSPACED = re.compile(f"[{_RANGES}]")
+UNSPACED = re.compile(f"[{_RANGES}]")  # one character of a script without spaces
 _PIECES = re.compile(f"[{_RANGES}]|[^\\s{_RANGES}]+")
 
 
@@ -43,7 +43,7 @@ _PUNCTUATION = _Replaced(lambda c: unicodedata.category(c)[0] == "P" or c in str
 
 def is_unspaced(text: str) -> bool:
     """Whether a text has a character of a script without spaces: Han or kana."""
-    return not text.isascii() and _UNSPACED.search(text) is not None
+    return not text.isascii() and UNSPACED.search(text) is not None
 
 
 def pieces_of(text: str) -> list[str]:

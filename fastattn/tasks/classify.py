@@ -36,6 +36,7 @@ from fastattn.tasks.training import (
 from fastattn.tasks.training import REGRESSION as REGRESSION
 from fastattn.tasks.training import SEVERAL as SEVERAL
 from fastattn.tasks.training import SINGLE as SINGLE
+from fastattn.tasks.training import saved_length as saved_length
 
 NAME = "classify"
 MODELS = (BertForSequenceClassification,)

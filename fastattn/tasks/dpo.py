@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.best_fit import best_fit
@@ -180,7 +180,8 @@ def answer_logprobs(
 def new_model(
     source: Path | str | GPTConfig, examples: Sequence[Example], options: Options, tokenizer: Tokenizer
 ) -> PreferenceGPT:
-    """The folder's model, whose initial weights are also the reference.
+    """The folder's model, whose initial weights are also the reference. It trains without the dropout of its config,
+    as the reference has none.
 
     Raises:
         DataError: the source is a config, while DPO starts from a trained model.
@@ -189,6 +190,11 @@ def new_model(
         raise DataError("--model: got a preset's name, dpo needs the folder of a trained model")
     set_template(tokenizer, examples)
     model = PreferenceGPT.from_pretrained(source, dtype=torch.float32).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # of attention weights
+            module.dropout = 0.0
     model.beta, model.label_smoothing = options.beta, options.label_smoothing
     return model
 

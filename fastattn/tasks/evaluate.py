@@ -21,6 +21,7 @@ from fastattn.evaluation import baselines, classification, generation, regressio
 from fastattn.evaluation.report import MissingPackage, Report
 from fastattn.models import GPT, BertForEmbedding, families
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
+from fastattn.tasks.batches import max_tokens
 
 # The default task of a folder is the first that its class supports; --task selects another.
 TASKS: tuple[ModuleType, ...] = (classify, tag, qa, masked_lm, embed, causal_lm, chat, dpo, seq2seq)
@@ -126,7 +127,7 @@ def evaluate(
         records = read_records(list(data), columns=mapping)
         examples, given = (module.examples_of(each, settings) for each in (records, training))
         model, tokenizer = load_folder(folder, module)
-        if (changed := settled(module, settings, model)) != settings:
+        if (changed := settled(module, settings, model, tokenizer)) != settings:
             settings = changed
             examples, given = (module.examples_of(each, settings) for each in (records, training))
         found = {name: method(model, examples, given) for name, method in methods.items()}
@@ -230,8 +231,10 @@ def load_folder(folder: Path, task: ModuleType) -> tuple[Any, Any]:
     return (model.to("cuda") if torch.cuda.is_available() else model), tokenizer
 
 
-def settled(task: ModuleType, options: Any, model: Any) -> Any:
-    """The options with the kind of labels of the classifier, unless they set another."""
+def settled(task: ModuleType, options: Any, model: Any, tokenizer: Any) -> Any:
+    """The options with the folder's kind of a classifier's labels, and its length of windows, unless they say."""
+    if task is qa and options.max_length is None and tokenizer.max_length is not None:
+        return dataclasses.replace(options, max_length=max_tokens(model, tokenizer))
     if task is classify and options.kind == "auto" and model.config.problem_type in KINDS:
         return dataclasses.replace(options, kind=KINDS[model.config.problem_type])
     return options

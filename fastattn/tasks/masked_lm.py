@@ -191,6 +191,14 @@ def passage_length(model: Any, tokenizer: InputTokenizer, options: Options) -> i
     return longest_of(model, tokenizer, limit)
 
 
+def saved_length(model: Any, tokenizer: InputTokenizer, options: Options, *, new: bool) -> int | None:
+    """Most tokens of a passage, for the tokenizer's files of the trained folder.
+
+    None for a model that is trained further: it keeps what it learnt of later positions.
+    """
+    return passage_length(model, tokenizer, options) if new else None
+
+
 def training_set(
     model: Any,
     tokenizer: InputTokenizer,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from fastattn.data.corpora import DataError
 from fastattn.data.encoding import InputTokenizer, Row
-from fastattn.data.records import Record, required, text_of
+from fastattn.data.records import Record, text_of
 from fastattn.evaluation.answers import answers as answer_figures
 from fastattn.evaluation.report import Report
 from fastattn.models import BertForQuestionAnswering
 from fastattn.models.fields import one_of, or_none, positive, size, size_or_0
+from fastattn.tasks.answers import CONTEXT, answers_in, positions_of
 from fastattn.tasks.batches import BATCH_SIZE, max_tokens, on_one_line, run, trimmed, wide
 from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.taught import TaughtAnswerer, attach_teacher
@@ -43,7 +44,6 @@ DEFAULTS = FINE_TUNING
 MAX_LENGTH = 384  # tokens of a window in training
 STRIDE = 128  # tokens that consecutive windows of a context share
 MAX_ANSWER_TOKENS = 30
-CONTEXT = 1  # the text of the pair
 
 Span = tuple[float, int, int]  # score, first and last character (exclusive)
 
@@ -98,7 +98,7 @@ def examples_of(records: Sequence[Record], options: Options) -> list[Example]:
         DataError: a record lacks a column, or an answer is not at its start in the context; with file and line.
     """
     return [
-        Example(r.where, text_of(r, "question"), context, _answers(r, context))
+        Example(r.where, text_of(r, "question"), context, answers_in(r, context))
         for r in records
         for context in (text_of(r, "context"),)
     ]
@@ -145,7 +145,8 @@ def training_set(
 ) -> Encoded:
     """The windows of the examples' contexts as items: tokens, and the first and last token of the answer.
 
-    A window without the whole answer has its first token as the label, which means no answer.
+    Of several answers it is the first that a window holds whole. A window that holds none, or only a part of one, has
+    its first token as the label, which means no answer.
 
     Raises:
         DataError: a question leaves no room for its context, an answer has no token, or the teacher, a model with
@@ -154,7 +155,7 @@ def training_set(
     windows = windows_of(model, tokenizer, examples, options)
     rows, labels = [], []
     for example, of_example in zip(examples, windows):
-        places = [positions_of(row, example) for row in of_example]
+        places = [positions_of(row, example.context, example.answers) for row in of_example]
         if example.answers and not any(place != (0, 0) for place in places):
             text = on_one_line(example.answers[0][0])
             raise DataError(
@@ -175,12 +176,22 @@ def windows_of(
     Raises:
         DataError: a question leaves no room for its context; with file and line.
     """
-    limit = (
-        min(max_tokens(model, tokenizer), MAX_LENGTH) if options.max_length is None else options.max_length
-    )
-    longest = longest_of(model, tokenizer, limit)
+    longest = window_length(model, tokenizer, options)
     pairs = [(e.question, e.context) for e in examples]
     return _windows(tokenizer, pairs, longest, options.stride, [f"{e.where}: question" for e in examples])
+
+
+def window_length(model: Any, tokenizer: InputTokenizer, options: Options) -> int:
+    """Most tokens of a window; DataError where the model has fewer positions."""
+    limit = options.max_length
+    if limit is None:
+        limit = min(max_tokens(model, tokenizer), MAX_LENGTH)
+    return longest_of(model, tokenizer, limit)
+
+
+def saved_length(model: Any, tokenizer: InputTokenizer, options: Options, *, new: bool) -> int:
+    """Most tokens of a window, for the tokenizer's files of the trained folder."""
+    return window_length(model, tokenizer, options)
 
 
 def _windows(
@@ -211,25 +222,6 @@ def _windows(
         for number, windows in zip(numbers, made):
             found[number] = windows
     return found
-
-
-def positions_of(row: Row, example: Example) -> tuple[int, int]:
-    """The first and last token of the first answer in a window; (0, 0) where the window does not hold all of it."""
-    if not example.answers:
-        return 0, 0
-    text, start = example.answers[0]
-    end = start + len(text)
-    inside = [i for i, sequence in enumerate(row.sequences) if sequence == CONTEXT]
-    touched = [i for i in inside if row.offsets[i][0] < end and row.offsets[i][1] > start]
-    if not touched:
-        return 0, 0
-    before = touched[0] != inside[0] or row.offsets[touched[0]][0] <= start
-    behind = touched[-1] != inside[-1] or row.offsets[touched[-1]][1] >= end
-    first_of_all = example.context[start : row.offsets[touched[0]][0]].strip() == ""
-    last_of_all = example.context[row.offsets[touched[-1]][1] : end].strip() == ""
-    if not ((before or first_of_all) and (behind or last_of_all)):
-        return 0, 0
-    return touched[0], touched[-1]
 
 
 def evaluate(
@@ -361,40 +353,3 @@ def line(prediction: dict[str, Any]) -> str:
         else f"{on_one_line(a['answer'])} {a['score']:.4f} {a['start']}:{a['end']}"
         for a in prediction["answers"]
     )
-
-
-def _answers(record: Record, context: str) -> tuple[tuple[str, int], ...]:
-    given = required(record, "answers")
-    if isinstance(given, dict):
-        texts, starts = given.get("text"), given.get("answer_start")
-        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise DataError(
-                f'{record.where}: answers needs lists "text" and "answer_start" of the same length'
-            )
-        given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
-    if isinstance(given, str):
-        given = [{"text": given}]
-    if not isinstance(given, list):
-        raise DataError(f"{record.where}: answers is a {type(given).__name__}, needs a list")
-    if record.fields.get("is_impossible") is True:
-        return ()
-    if not given and record.fields.get("is_impossible") is False:
-        raise DataError(f"{record.where}: answers is empty, needs an answer or is_impossible true")
-    found = []
-    for number, answer in enumerate(given, 1):
-        text = answer.get("text") if isinstance(answer, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{record.where}: answer {number} has no text")
-        start = answer.get("answer_start", context.find(text))
-        if not isinstance(start, int) or isinstance(start, bool):
-            raise DataError(
-                f"{record.where}: answer {number} has the start {start!r:.40}, needs a number of characters"
-            )
-        if start < 0 or context[start : start + len(text)] != text:
-            at = context[max(start, 0) : max(start, 0) + len(text)]
-            raise DataError(
-                f"{record.where}: answer {number}, {text!r:.60}, is not at character {start} of its context"
-                + (f", {at!r:.60} is" if start >= 0 else "")
-            )
-        found.append((text, start))
-    return tuple(found)

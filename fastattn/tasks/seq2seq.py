@@ -27,6 +27,7 @@ from fastattn.tasks.batches import max_tokens
 from fastattn.tasks.options import CheckedOptions, part
 from fastattn.tasks.taught import TaughtEncoderDecoder, attach_teacher
 from fastattn.tasks.training import check_room, padded
+from fastattn.tasks.training import saved_length as saved_length
 
 NAME = "seq2seq"
 MODELS = (EncoderDecoder,)

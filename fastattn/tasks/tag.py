@@ -15,7 +15,7 @@ from fastattn.data.encoding import InputTokenizer, Row
 from fastattn.data.records import Record, required
 from fastattn.evaluation.report import Report
 from fastattn.evaluation.spans import entity_f1
-from fastattn.evaluation.words import is_unspaced
+from fastattn.evaluation.words import UNSPACED, is_unspaced
 from fastattn.models import BertForTokenClassification
 from fastattn.models.fields import one_of, or_none, positive, size
 from fastattn.tasks.batches import BATCH_SIZE, label_name, max_tokens, on_one_line, run, trimmed, wide
@@ -32,6 +32,7 @@ from fastattn.tasks.training import (
     longest_of,
     saved_labels,
 )
+from fastattn.tasks.training import saved_length as saved_length
 
 NAME = "tag"
 MODELS = (BertForTokenClassification,)
@@ -135,7 +136,13 @@ def best(examples: Sequence[Example]) -> tuple[str, bool]:
 def new_model(
     source: Source, examples: Sequence[Example], options: Options, tokenizer: InputTokenizer | None = None
 ) -> TaughtTagger:
-    """The folder's or preset's encoder with a head for the tags, new or saved as `options.head` says."""
+    """The folder's or preset's encoder with a head for the tags, new or saved as `options.head` says.
+
+    A tokenizer that joins characters of scripts without spaces, where words begin without a space, divides these from
+    now on.
+    """
+    if tokenizer is not None and joins_characters(tokenizer, examples):
+        tokenizer.isolate(UNSPACED.pattern)
     labels = chosen_head(source, BertForTokenClassification, labels_in(examples), options.head)
     keep = options.head != "new" and saved_labels(source, BertForTokenClassification) == tuple(labels)
     new = () if keep else ("classifier.*",)
@@ -153,7 +160,7 @@ def training_set(
     """The examples as items: tokens and the label of each, -100 for special tokens and pieces that are not trained.
 
     Raises:
-        DataError: the teacher, a model with its tokenizer, has other tokens or labels.
+        DataError: two words are in one token; the teacher, a model with its tokenizer, has other tokens or labels.
     """
     place = {name: number for number, name in enumerate(model.config.labels())}
     rows, words = rows_of(model, tokenizer, examples, options)
@@ -162,10 +169,17 @@ def training_set(
     labels = []
     for example, of_row in zip(examples, words):
         last, row = -1, []
-        for word in of_row:
-            if word is None or (word == last and options.label_pieces == "first"):
+        for held in of_row:
+            if held is None or (held[1] == last and options.label_pieces == "first"):
                 row.append(IGNORE_INDEX)
                 continue
+            word = held[1]
+            if held[0] != word:
+                first, second = example.tokens[word - 1 : word + 1]
+                raise DataError(
+                    f"{example.where}: a token holds parts of {first!r:.40} and {second!r:.40}, needs a tokenizer "
+                    f"that divides words"
+                )
             tag = example.tags[word]
             inside = f"I-{tag[2:]}"
             row.append(place[inside if word == last and tag != OUTSIDE and inside in place else tag])
@@ -176,20 +190,33 @@ def training_set(
 
 def rows_of(
     model: Any, tokenizer: InputTokenizer, examples: Sequence[Example], options: Options
-) -> tuple[list[Row], list[list[int | None]]]:
-    """The tokens of each sentence as one text, as `predict` gets it, and for each token the number of its word."""
+) -> tuple[list[Row], list[list[tuple[int, int] | None]]]:
+    """The tokens of each sentence as one text, as `predict` gets it, and for each token its first and last word."""
     joined = [_joined(example.tokens) for example in examples]
     longest = longest_of(model, tokenizer, options.max_length)
     rows = tokenizer.encode([text for text, _ in joined], longest)
-    words: list[list[int | None]] = []
-    for row, (_, starts) in zip(rows, joined):
-        of_row: list[int | None] = []
+    words: list[list[tuple[int, int] | None]] = []
+    for row, (text, starts) in zip(rows, joined):
+        of_row: list[tuple[int, int] | None] = []
         for (first, last), sequence in zip(row.offsets, row.sequences):
-            # by the last character, because byte-level pieces may begin with the preceding space
-            empty = sequence is None or last <= first
-            of_row.append(None if empty else bisect_right(starts, last - 1) - 1)
+            if sequence is None or last <= first:
+                of_row.append(None)
+                continue
+            word = bisect_right(starts, last - 1) - 1
+            begin, _ = trimmed(text, first, last)  # byte-level pieces may begin with the preceding space
+            of_row.append((min(word, bisect_right(starts, begin) - 1), word))
         words.append(of_row)
     return rows, words
+
+
+def joins_characters(tokenizer: InputTokenizer, examples: Sequence[Example]) -> bool:
+    """Whether a token of these sentences holds several characters of a script without spaces."""
+    texts = [text for text, _ in map(_joined, (example.tokens for example in examples)) if is_unspaced(text)]
+    return any(
+        len(UNSPACED.findall(text[first:last])) > 1
+        for text, row in zip(texts, tokenizer.encode(texts))
+        for first, last in row.offsets
+    )
 
 
 def evaluate(
@@ -202,7 +229,8 @@ def evaluate(
 ) -> Report:
     """Strict entity metrics, see `fastattn.evaluation.spans`; only accuracy for tags that are not B-, I- and O.
 
-    A word has the label of its first piece, O without one.
+    A word has the label of its first piece, O without one. Of several words in one token, the first has its label and
+    the others the one that continues it.
 
     Raises:
         DataError: an example has a tag that the model lacks.
@@ -214,10 +242,12 @@ def evaluate(
         tags = [OUTSIDE] * len(examples[index].tokens)
         labels = labels_of(outputs.logits[place, : len(rows[index].ids)], model.config)
         seen = set()
-        for (label, _), word in zip(labels, words[index]):
-            if word is not None and word not in seen:
-                seen.add(word)
-                tags[word] = label
+        for (label, _), held in zip(labels, words[index]):
+            for word in range(held[0], held[1] + 1) if held is not None else ():
+                if word not in seen:
+                    seen.add(word)
+                    tags[word] = label
+                    label = f"I-{label[2:]}" if label.startswith("B-") else label
         return tags
 
     return report_of(model, examples, run(model, rows, batch_size, take))

@@ -141,6 +141,15 @@ def longest_of(model: Any, tokenizer: InputTokenizer, max_length: int | None, *,
     return max_length
 
 
+def saved_length(model: Any, tokenizer: InputTokenizer, options: Any, *, new: bool) -> int | None:
+    """Most tokens of a row, for the tokenizer's files of the trained folder; None where they are right as they are.
+
+    new: whether all weights are trained from the start.
+    """
+    length: int | None = options.max_length
+    return length
+
+
 def check_room(tokenizer: InputTokenizer, max_length: int, *, pairs: bool = False) -> None:
     """Refuse a length that leaves no token of a text, or with `pairs` of each of two, beside the special tokens."""
     around = tokenizer.special_counts[pairs]

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, compress, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from fastattn.cache import cache_dir, locked, write_atomically
 from fastattn.data import DataError
 from fastattn.data.array_files import StoredTexts
+from fastattn.data.cleaning import Cleaner
 from fastattn.data.records import Record, iterate_records, rank_of, source_files
 from fastattn.models.checkpoint.swap import UNFINISHED, delete, naming
 from fastattn.tasks.documents import StoredExamples
@@ -29,13 +30,13 @@ from fastattn.train.task_config import Sections
 from fastattn.train.task_data import (
     TaskData,
     check_documents,
+    choice_of,
     cleaner_of,
-    key_of,
     least_documents,
     split_texts,
 )
 
-FORMAT = 3  # of the files; another number makes them anew
+FORMAT = 4  # of the files; another number makes them anew
 LARGE = 64 << 20  # bytes of data from which on it goes into files by default
 COUNTS = "counts.json"
 Made = TypeVar("Made")
@@ -139,28 +140,34 @@ class Corpus:
 
     def _write(self, folder: Path) -> None:
         """train/ and dev/ with the documents, and what cleaning did."""
-        clean = cleaner_of(self.task, self.sections)
+        cleaner = cleaner_of(self.task, self.sections)
         train: Iterator[Record]
         if self.dev:
             train, dev = self._records(self.train), self._records(self.dev)
         else:
-            train, dev = self._divided()
+            train, dev = self._divided(cleaner)
         StoredTexts.write(folder / "dev", self._texts(dev))
-        StoredTexts.write(folder / "train", self._texts(clean.kept(train)))
-        clean.check_some_left(len(StoredTexts(folder / "train")))
-        write_atomically(folder / COUNTS, json.dumps(clean.counts) + "\n")
+        texts: Iterable[str] = () if self.dev else StoredTexts(folder / "dev")
+        held = (Record("", {"text": text}) for text in texts)
+        StoredTexts.write(folder / "train", self._texts(cleaner.kept(train, held)))
+        cleaner.check_some_left(len(StoredTexts(folder / "train")))
+        write_atomically(folder / COUNTS, json.dumps(cleaner.counts) + "\n")
 
-    def _divided(self) -> tuple[Iterator[Record], Iterator[Record]]:
+    def _divided(self, cleaner: Cleaner) -> tuple[Iterator[Record], Iterator[Record]]:
         """(training, held-out) records: those that `read_data` takes."""
-        ranks = []
-        lengths = array("q")
-        for record in self._records(self.train):
-            # an error in a line comes before one of the split
-            (example,) = self.task.examples_of([record], self.sections.task)
-            ranks.append(rank_of(record, seed=self.sections.train.seed, key=key_of(self.task)))
-            lengths.append(len(example.text))
+        choice = choice_of(self.task, self._records(self.train), self.sections, cleaner)
+
+        def read() -> Iterator[Record]:
+            # further records than the first time are read too, so that `split_texts` finds the change
+            return compress(self._records(self.train), chain(choice.fits, repeat(True)))
+
         fraction, least = self.sections.data.dev_fraction, least_documents(self.task, self.sections.task)
-        return split_texts(lambda: self._records(self.train), ranks, lengths, fraction, least)
+        try:
+            return split_texts(read, choice.ranks, choice.lengths, fraction, least)
+        except DataError:
+            for _ in self._texts(read()):  # an error in a line is more useful than one of the split
+                pass
+            raise
 
 
 def made(folder: Path, write: Callable[[Path], None], read: Callable[[Path], Made]) -> Made:

@@ -28,6 +28,7 @@ from fastattn.train.adapters import attach_adapters
 from fastattn.train.checkpoint import OPTIONS, REPORT, RunDirectory
 from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
+from fastattn.train.distributed import usable_device
 from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
@@ -45,6 +46,7 @@ from fastattn.train.tokenizing import (
     learnt_tokenizer,
     saved_tokenizer,
     teacher_of,
+    to_save,
 )
 from fastattn.train.trainer import Trainer
 
@@ -190,7 +192,7 @@ def _prepare(inputs: Inputs) -> Prepared:
     tokenizer = None if learns else saved_tokenizer(inputs.model, sections, task)
     corpus = _corpus(task, inputs, sections)
     data = read_data(task, inputs.train, inputs.dev, sections) if corpus is None else corpus.read()
-    to_save = None if sections.data.tokenizer is None else tokenizer
+    given = None if sections.data.tokenizer is None else tokenizer
     if tokenizer is None:
 
         def learn() -> Any:
@@ -200,17 +202,18 @@ def _prepare(inputs: Inputs) -> Prepared:
             tokenizer = learn()
         else:
             tokenizer = corpus.tokenizer(learn, kind_of(task).from_pretrained)
-        to_save = tokenizer
+        given = tokenizer
     source: Any = sections.model if preset is not None else inputs.model
     if preset is None:
         check_fits(inputs.model, task, tokenizer, chain(Texts(data.train), Texts(data.dev)))
     torch.manual_seed(sections.train.seed)
     model = task.new_model(source, data.train, data.options, tokenizer)
     if getattr(task, "CHANGES_TOKENIZER", False):
-        to_save = tokenizer
+        given = tokenizer
     if sections.lora.r is not None:
         attach_adapters(model, task, sections.lora)
     extra = {} if teacher is None else {"teacher": teacher}
+    _move(task, sections, model, teacher)
     if corpus is None:
         train_set = task.training_set(model, tokenizer, data.train, data.options, **extra)
         dev_set = _dev_set(task, model, tokenizer, data.dev, data.options)
@@ -222,10 +225,22 @@ def _prepare(inputs: Inputs) -> Prepared:
             return task.training_set(model, tokenizer, data.train, data.options, folder, reuse=reuse, **extra)
 
         train_set, dev_set = corpus.sets(model, tokenizer, build)
+    saved = to_save(task, data.options, preset, inputs.model, model, tokenizer, given)
     sections = _scheduled(inputs, task, preset, len(train_set), model)
     about = describe(task, sections, data, model, tokenizer, inputs.teacher)
     notes = () if directory.resume_from is None else tuple(check_same(directory.resume_from, about))
-    return Prepared(task, inputs, sections, data, model, tokenizer, to_save, train_set, dev_set, about, notes)
+    return Prepared(task, inputs, sections, data, model, tokenizer, saved, train_set, dev_set, about, notes)
+
+
+def _move(task: ModuleType, sections: Sections, model: nn.Module, teacher: tuple[Any, Any] | None) -> None:
+    """Put a model that runs over the examples before training onto the device of the training."""
+    moved = None
+    if task is dpo and sections.train.sharding != "fsdp":  # there a device may not have room for all of it
+        moved = model
+    elif task is classify and teacher is not None:
+        moved = teacher[0]
+    if moved is not None:
+        moved.to(usable_device(sections.train.device))
 
 
 def _dev_set(task: ModuleType, *arguments: Any, **options: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,6 @@ from fastattn.data.records import (
     held_out,
     rank_of,
     read_records,
-    split_records,
 )
 from fastattn.train.task_config import Sections
 
@@ -32,7 +32,7 @@ class TaskData:
 
     held_out: number of examples of a dev set that is held out of the training data, one of which may be the end of a
     document, see `split_texts`; None where it has files of its own. cleaning: per step, the number of training examples
-    that it changed or dropped. folder: where the files of a large corpus are.
+    that it changed, or of examples that it dropped. folder: where the files of a large corpus are.
     """
 
     train: Sequence[Any]
@@ -46,7 +46,9 @@ class TaskData:
 def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sections: Sections) -> TaskData:
     """The examples of the training files, and of the dev files or held out of the training data.
 
-    The dev set is never cleaned, so that metrics are of the original data.
+    Texts of the dev set are never changed, so that metrics are of the original data. Where it is held out, lengths and
+    the choice are by the texts as cleaning makes them, and no training example is a duplicate of a held-out one by
+    `clean.exact_duplicates` or `clean.near_duplicates`.
 
     Raises:
         DataError: a file or an example cannot be used, or the training data lacks a label of the dev set; with file
@@ -60,28 +62,14 @@ def read_data(task: ModuleType, train: Sequence[str], dev: Sequence[str], sectio
 
     records = records_of(train)
     options = task.settled(options, records) if hasattr(task, "settled") else options
-    if dev:
-        dev_records = records_of(dev)
-    else:
-        try:
-            records, dev_records = _divided(task, records, sections)
-        except DataError:
-            task.examples_of(records, options)  # an error in a line is more useful than one of the split
-            raise
     cleaner = cleaner_of(task, sections)
-    records = list(cleaner.kept(records))
-    cleaner.check_some_left(len(records))
-    examples = task.examples_of(records, options)
-    dev_examples = task.examples_of(dev_records, options)
-    if not dev:
-        # labels that only held-out examples have go back to training
-        known = set(task.labels_in(examples) or ())
-        fits = [set(task.labels_in([example]) or ()) <= known for example in dev_examples]
-        needed = cleaner.kept(record for record, fit in zip(dev_records, fits) if not fit)
-        examples += task.examples_of(list(needed), options)
-        dev_examples = [example for example, fit in zip(dev_examples, fits) if fit]
-        if not dev_examples:
-            raise DataError("data: has too few examples of each label to hold some out, needs --dev")
+    if dev:
+        records, dev_records = list(cleaner.kept(records)), records_of(dev)
+        cleaner.check_some_left(len(records))
+        examples, dev_examples = (task.examples_of(part, options) for part in (records, dev_records))
+    else:
+        records, dev_records = _divided(task, records, sections, cleaner)
+        examples, dev_examples = _examples_apart(task, records, dev_records, options, cleaner)
     task.check_examples(examples)
     least = task.least_batch(examples) if hasattr(task, "least_batch") else 1
     if (size := sections.train.batch_size) < least:
@@ -142,18 +130,73 @@ def check_columns(task: ModuleType, mapping: Mapping[str, str]) -> None:
             raise DataError(f"data.columns: {name!r} is not a field of {task.NAME}, needs one of {known}")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What decides which records are held out.
+
+    fits: of each record, whether its length by the cleaning steps keeps it. ranks, lengths: of each that fits, by
+    `rank_of` and in characters.
+    """
+
+    fits: bytearray
+    ranks: list[bytes]
+    lengths: Sequence[int]
+
+
+def choice_of(task: ModuleType, records: Iterable[Record], sections: Sections, cleaner: Cleaner) -> Choice:
+    """Ranks are of edited texts, so that texts that editing makes equal stay together.
+
+    Raises:
+        DataError: no record is left.
+    """
+    fits, lengths = bytearray(), array("q")
+    ranks: list[bytes] = []
+    key, seed = key_of(task), sections.train.seed
+    for record in records:
+        edited = cleaner.fitting(record)
+        fits.append(edited is not None)
+        if edited is not None:
+            ranks.append(rank_of(edited, seed=seed, key=key))
+            lengths.append(len(_text(record)))
+    cleaner.check_some_left(len(ranks))
+    return Choice(fits, ranks, lengths)
+
+
 def _divided(
-    task: ModuleType, records: list[Record], sections: Sections
+    task: ModuleType, records: list[Record], sections: Sections, cleaner: Cleaner
 ) -> tuple[list[Record], list[Record]]:
     """(training, held-out) records: a share of a language model's text, and of the number of other examples."""
-    fraction, seed = sections.data.dev_fraction, sections.train.seed
-    if (*task.FIELDS, *task.LABELS) != ("text",):
-        return split_records(records, fraction, seed=seed, key=key_of(task))
-    ranks = [rank_of(record, seed=seed, key=key_of(task)) for record in records]
-    lengths = [len(_text(record)) for record in records]
-    least = least_documents(task, sections.task)
-    train, dev = split_texts(lambda: records, ranks, lengths, fraction, least)
-    return list(train), list(dev)
+    choice = choice_of(task, records, sections, cleaner)
+    records = list(compress(records, choice.fits))
+    fraction, least = sections.data.dev_fraction, least_documents(task, sections.task)
+    try:
+        if (*task.FIELDS, *task.LABELS) == ("text",):
+            train, dev = split_texts(lambda: records, choice.ranks, choice.lengths, fraction, least)
+            return list(train), list(dev)
+        held = held_out(choice.ranks, fraction)
+    except DataError:
+        task.examples_of(records, sections.task)  # an error in a line is more useful than one of the split
+        raise
+    return list(compress(records, ~held)), list(compress(records, held))
+
+
+def _examples_apart(
+    task: ModuleType, train: list[Record], dev: list[Record], options: Any, cleaner: Cleaner
+) -> tuple[list[Any], list[Any]]:
+    """(training, held-out) examples; held-out ones with a label that no training example has go back to training."""
+    counts = dict(cleaner.counts)
+    while dev:
+        cleaner.counts = dict(counts)
+        kept = list(cleaner.kept(train, dev))
+        cleaner.check_some_left(len(kept))
+        examples, dev_examples = task.examples_of(kept, options), task.examples_of(dev, options)
+        known = set(task.labels_in(examples) or ())
+        fits = [set(task.labels_in([example]) or ()) <= known for example in dev_examples]
+        if all(fits):
+            return examples, dev_examples
+        train = [*train, *(record for record, fit in zip(dev, fits) if not fit)]
+        dev = list(compress(dev, fits))
+    raise DataError("data: has too few examples of each label to hold some out, needs --dev")
 
 
 def check_known(task: ModuleType, train: Sequence[Any], dev: Sequence[Any]) -> None:

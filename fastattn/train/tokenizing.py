@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastattn.cache import write_atomically
 from fastattn.data import DataError, Tokenizer, train_bpe, train_characters
 from fastattn.data.encoding import InputTokenizer
 from fastattn.data.input_tokenizers import train_input_tokenizer
+from fastattn.data.tokenization import read_settings
 from fastattn.data.vocabulary import check_texts_without, check_vocabulary
 from fastattn.models import GPT, EncoderDecoder, families
 from fastattn.models.checkpoint.folder import CONFIG, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
+from fastattn.models.checkpoint.save import TOKENIZER_FILES
 from fastattn.models.embedding import encoder_folder
 from fastattn.tasks.training import config_of
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import DataConfig, Sections
 from fastattn.train.task_data import texts_of
+
+SETTINGS = "tokenizer_config.json"
 
 
 def saved_tokenizer(model: str, sections: Sections, task: ModuleType) -> Any:
@@ -42,6 +49,55 @@ class Texts:
 
     def __iter__(self) -> Iterator[str]:
         return (text for example in self.examples for text in texts_of(example))
+
+
+class FolderTokenizer:
+    """The tokenizer's files of a model's folder with what a run has changed of them.
+
+    Args:
+        folder: the model's.
+        tokenizer: read from there; `changed` says whether its tokens are others now, and `max_length` is its new one.
+    """
+
+    def __init__(self, folder: Path, tokenizer: InputTokenizer) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the files."""
+        target = Path(directory)
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, target / name)
+        if self.tokenizer.changed:
+            write_atomically(target / "tokenizer.json", self.tokenizer.core.to_str(pretty=True) + "\n")
+        settings = {
+            **read_settings(self.folder / SETTINGS),
+            **({} if self.tokenizer.max_length is None else {"model_max_length": self.tokenizer.max_length}),
+        }
+        write_atomically(target / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def to_save(
+    task: ModuleType, options: Any, preset: str | None, source: str, model: Any, tokenizer: Any, given: Any
+) -> Any:
+    """What writes the tokenizer's files of a run; None where the model writes those of its folder.
+
+    The tokenizer gets the length that the run trains with, so that later readers of the folder take it.
+
+    Args:
+        task, options, preset, source, model: of the run; source is the model's folder.
+        tokenizer: the model's.
+        given: the tokenizer to save in any case, or None.
+    """
+    before = getattr(tokenizer, "max_length", None)
+    if hasattr(task, "saved_length"):
+        length = task.saved_length(model, tokenizer, options, new=preset is not None)
+        tokenizer.max_length = before if length is None else length
+    if given is not None or kind_of(task) is Tokenizer:
+        return given
+    if tokenizer.changed or tokenizer.max_length != before:
+        return FolderTokenizer(encoder_folder(source), tokenizer)
+    return None
 
 
 def kind_of(task: ModuleType) -> Any:

@@ -25,6 +25,7 @@ from fastattn.data.corpora import DataError
 from fastattn.data.tokenization import Tokenizer
 from fastattn.models import GPTConfig
 from fastattn.tasks import dpo
+from fastattn.train import run
 from fastattn.train.progress import NoDisplay
 from fastattn.train.run import Inputs, train
 
@@ -95,6 +96,38 @@ def test_preferences_begin_at_ln_2_and_are_followed(tokenizer: Tokenizer, tmp_pa
     assert (model.eval()(**batch).margins > 0.5).all()  # every chosen answer gained on its rejected one
     assert after.metrics["margin"] > before.metrics["margin"] + 1
     assert after.metrics["accuracy"] >= before.metrics["accuracy"]
+
+
+def test_the_policy_trains_without_the_dropout_of_its_config(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model_of(tokenizer, dropout=0.3).save_pretrained(tmp_path, tokenizer=tokenizer)
+    options = dpo.Options(max_length=32)
+    examples = dpo.examples_of(records(*PAIRS), options)
+    model = dpo.new_model(tmp_path, examples, options, tokenizer)
+    data = dpo.training_set(model, tokenizer, examples, options)
+    batch = data.collate([data[i] for i in range(3)])
+    assert model.train()(**batch).loss.item() == pytest.approx(math.log(2), rel=64 * EPS)
+    assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.3
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_the_reference_runs_on_the_device_of_the_training(
+    sharding: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_of(tokenizer).save_pretrained(tmp_path / "model", tokenizer=tokenizer)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    seen = []
+
+    def logprobs(model: Any, pairs: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(next(model.parameters()).device.type)
+        return torch.zeros(len(pairs), device="cpu"), torch.zeros(len(pairs), device="cpu")
+
+    monkeypatch.setattr(dpo, "logprobs", logprobs)
+    monkeypatch.setattr(run, "usable_device", lambda name: torch.device("meta"))
+    words = ("--task.max_length=32", f"--train.sharding={sharding}")
+    given = (str(data),), (str(data),), str(tmp_path / "model"), str(tmp_path / "out")
+    run.prepare(Inputs("dpo", *given, overrides=words))
+    assert seen == ["meta" if sharding == "ddp" else "cpu"] * 2
 
 
 def test_adapters_alone_follow_preferences(tokenizer: Tokenizer) -> None:

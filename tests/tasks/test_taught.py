@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import task_cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_cases import rows
+from training_cases import rows, write
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data.corpora import DataError
@@ -19,11 +20,13 @@ from fastattn.data.encoding import InputTokenizer
 from fastattn.data.records import Record
 from fastattn.models import BertConfig
 from fastattn.tasks import classify, masked_lm, qa, seq2seq, tag
+from fastattn.train import run
 
 SIZES: dict[str, Any] = {
     "vocab_size": 35, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
     "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+CLASSES = {0: "bad!", 1: "good!"}
 SHARE, TEMPERATURE = 0.25, 2.0
 TASKS = [(tag, {}), (qa, {}), (masked_lm, {}), (masked_lm, {"next_sentence": True}), (seq2seq, {})]
 IDS = ["tag", "qa", "masked-lm", "masked-lm-nsp", "seq2seq"]
@@ -247,3 +250,22 @@ def test_translations_pick_the_best_model_by_what_is_asked_for() -> None:
     assert seq2seq.picked(seq2seq.Options(pick="chrf")) == ("chrf", True)
     with pytest.raises(ValueError, match=r"^pick"):
         seq2seq.Options(pick="rouge")
+
+
+def test_a_classifier_teacher_runs_on_the_device_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "teacher"
+    task_cases.save_model(folder, "ForSequenceClassification", vocab_size=35, num_labels=2, id2label=CLASSES)
+    data = str(write(tmp_path / "train.jsonl", rows("classify")))
+    seen = []
+
+    def logits(teacher: Any, tokenizer: Any, examples: Any, labels: Any) -> list[list[float]]:
+        seen.append(next(teacher.parameters()).device.type)
+        return [[0.0, 0.0]] * len(examples)
+
+    monkeypatch.setattr(classify, "teacher_logits", logits)
+    monkeypatch.setattr(run, "usable_device", lambda name: torch.device("meta"))
+    given = (data,), (data,), str(folder), str(tmp_path / "out")
+    run.prepare(run.Inputs("classify", *given, teacher=str(folder)))
+    assert seen == ["meta"]

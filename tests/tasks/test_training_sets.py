@@ -11,18 +11,23 @@ from typing import Any
 
 import pytest
 import task_cases
+import tokenizers
 import torch
 import torch.nn.functional as F
 import training_cases
+from tokenizers import models, pre_tokenizers
 from torch import Tensor
 from training_cases import rows
 
 from fastattn.constants import IGNORE_INDEX
 from fastattn.data import DataError
 from fastattn.data.encoding import InputTokenizer
+from fastattn.data.input_tokenizers import train_input_tokenizer
 from fastattn.data.records import Record
 from fastattn.evaluation import baselines
+from fastattn.models import BertConfig
 from fastattn.tasks import classify, embed, masked_lm, qa, tag
+from fastattn.tasks.answers import positions_of
 from fastattn.tasks.passages import SENTENCES
 from fastattn.train.metrics import count_targets
 
@@ -225,6 +230,47 @@ def test_words_without_spaces_are_joined_as_they_are_written() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_each_word_of_scripts_without_spaces_has_its_label(kind: str, encoder: Path) -> None:
+    texts = ["我在北京工作", "他在北京上学", "北京很大 hello", "去北京 2008年"] * 20
+    given = [{"tokens": [*"我在北京工作", "hello"], "tags": ["O", "O", "B-LOC", "I-LOC", "O", "O", "B-LOC"]}]
+    settings = tag.Options(label_pieces="first")
+    examples = tag.examples_of(records(given), settings)
+    learnt = train_input_tokenizer(kind, texts, 400)
+    assert tag.joins_characters(learnt, examples) == (kind == "bpe")
+    source = BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+    model = tag.new_model(source, examples, settings, learnt)
+    names = model.config.labels()
+    data = tag.training_set(model, learnt, examples, settings)
+    assert [names[n] for n in data.labels[0] if n >= 0] == given[0]["tags"]
+    rows, words = tag.rows_of(model, learnt, examples, settings)
+    assert {word for held in words[0] if held for word in held} == set(range(7))
+    copy = InputTokenizer(
+        tokenizers.Tokenizer.from_str(learnt.core.to_str())
+    )  # as the folder of the run holds it
+    assert copy.encode(["我在北京工作 hello"]) == rows
+    (found,) = tag.predict(model, copy, [{"text": "我在北京"}])
+    assert all(entity["text"] == "我在北京"[entity["start"] : entity["end"]] for entity in found["entities"])
+
+
+def test_words_in_one_token_are_refused_in_training_and_share_its_label(encoder: Path) -> None:
+    core = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "new york": 1, "in": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("in|new york"), "removed", invert=True)
+    joined = InputTokenizer(core)
+    given = [{"tokens": ["in", "new", "york"], "tags": ["O", "B-LOC", "I-LOC"]}]
+    settings = tag.Options()
+    examples = tag.examples_of(records(given), settings)
+    source = BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+    model = tag.new_model(source, examples, settings, joined)
+    with pytest.raises(DataError, match=r"x: line 1: a token holds parts of 'new' and 'york'"):
+        tag.training_set(model, joined, examples, settings)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # B-LOC
+    metrics = tag.evaluate(model, joined, examples).metrics
+    assert (metrics["recall"], metrics["accuracy"]) == (1.0, 2 / 3)
+
+
 def test_tags_that_are_no_entities_are_classes(encoder: Path) -> None:
     given = [{"tokens": ["anna", "lives"], "tags": ["NNP", "VBZ"]}]
     model, _ = made("tag", encoder, given)
@@ -285,13 +331,35 @@ def test_answers_stand_where_their_labels_say(encoder: Path) -> None:
     for example, of_example in zip(examples, windows):
         assert len(of_example) > 1
         assert all(len(row.ids) <= 30 for row in of_example)
-        found = [(row, qa.positions_of(row, example)) for row in of_example]
+        found = [(row, positions_of(row, example.context, example.answers)) for row in of_example]
         held = [(row, place) for row, place in found if place != (0, 0)]
         assert bool(held) == bool(example.answers)
         for row, (first, last) in held:
             assert example.context[row.offsets[first][0] : row.offsets[last][1]] == example.answers[0][0]
     data = qa.training_set(model, tokenizer(), examples, settings)
     assert len(data) == sum(map(len, windows))
+
+
+def test_windows_are_of_the_first_answer_that_they_hold_whole(encoder: Path) -> None:
+    """A part of an answer, or none, is no answer."""
+    context = " ".join(["berlin", *["the old tower"] * 8, "berlin", *["a new river"] * 8, "anna works"])
+    places = [(text, context.index(text)) for text in ("anna works", "tower berlin a", "berlin")]
+    answers = [{"text": text, "answer_start": start} for text, start in places]
+    settings = qa.Options(max_length=16, stride=2)
+    examples = qa.examples_of(
+        records([{"question": "who?", "context": context, "answers": answers}]), settings
+    )
+    model = qa.new_model(encoder, examples, settings, tokenizer())
+    (windows,) = qa.windows_of(model, tokenizer(), examples, settings)
+    labels = qa.training_set(model, tokenizer(), examples, settings).labels
+    found = []
+    for row, (first, last) in zip(windows, labels):
+        held = [a for a, b in (offset for offset, kind in zip(row.offsets, row.sequences) if kind == 1)]
+        ends = [b for a, b in (offset for offset, kind in zip(row.offsets, row.sequences) if kind == 1)]
+        whole = [text for text, at in places if held[0] <= at and at + len(text) <= ends[-1]]
+        found.append(context[row.offsets[first][0] : row.offsets[last][1]])
+        assert found[-1] == (whole[0] if whole else "")
+    assert {"", "anna works", "tower berlin a", "berlin"} == set(found)
 
 
 def test_a_long_question_changes_the_windows_of_no_other(encoder: Path) -> None:

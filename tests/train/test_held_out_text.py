@@ -162,15 +162,6 @@ def test_an_error_in_the_only_line_comes_first(tmp_path: Path, line: str, says: 
         divided("causal-lm", path, 0.1)
 
 
-def test_cleaning_may_drop_empty_texts_in_memory(tmp_path: Path) -> None:
-    documents = [*(document(f"name {number}", 3) for number in range(20)), " "]
-    path = file_of(tmp_path / "x.jsonl", documents)
-    sections = sections_of("causal-lm", tmp_path, "--clean.min_chars=5")
-    data = read_data(work.task_named("causal-lm"), [str(path)], [], sections)
-    assert data.cleaning["min_chars"] == 1
-    assert len(data.train) + len(data.dev) == 20
-
-
 def test_other_tasks_count_examples(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     texts = [document("anna", 100), document("maria", 50), document("paris", 100)]

@@ -76,6 +76,79 @@ def test_documents_in_files_are_divided_by_their_texts(task: str, tmp_path: Path
     assert len(data.train) == len({example.text for example in data.train})
 
 
+EDITED = [task for task in work.TASKS if getattr(work.TASKS[task], "EDITABLE", True)]
+
+
+def reads(task: str, folder: Path, rows: list[dict[str, Any]], *more: str) -> list[TaskData]:
+    """The data held in memory, and for tasks on plain text from files too."""
+    found = [read(task, folder, rows, *more)]
+    if task in ("causal-lm", "masked-lm"):
+        paths = [str(folder / "train.jsonl")]
+        found.append(Corpus(work.task_named(task), paths, [], sections_of(task, folder, *more)).read())
+    return found
+
+
+@pytest.mark.parametrize("task", EDITED)
+def test_texts_that_cleaning_makes_equal_are_not_apart(task: str, tmp_path: Path) -> None:
+    rows = [
+        row_of(task, f"{word} met {mark}@mail.org", "ab"[i % 2])
+        for i, word in enumerate(WORDS)
+        for mark in ("x", "y", "z")
+    ]
+    steps = ("--clean.emails=true", "--clean.exact_duplicates=true")
+    for seed in range(3):
+        for data in reads(task, tmp_path, rows, *steps, "--data.dev_fraction=0.3", f"--train.seed={seed}"):
+            train, dev = ({w for each in part for w in words_of(each)} for part in (data.train, data.dev))
+            assert train
+            assert dev
+            assert train.isdisjoint(dev)
+            assert data.cleaning["exact_duplicates"] == 2 * len(data.train)
+            assert all("@mail.org" in text for each in data.dev for text in texts_of(each)[:1])
+
+
+@pytest.mark.parametrize("task", ["classify", "seq2seq", "causal-lm", "masked-lm"])
+def test_training_examples_like_a_held_out_one_are_dropped(task: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    begin = [" ".join(f"{word}{i}" for i in range(30)) for word in WORDS]
+    rows = [row_of(task, f"{text} {end}", "a") for text in begin for end in ("one", "two", "three")]
+    rows += [row_of(task, "another text", "b"), row_of(task, "a further text", "b")]
+    for seed in range(3):
+        more = ("--clean.near_duplicates=0.7", "--data.dev_fraction=0.3", f"--train.seed={seed}")
+        found = []
+        for data in reads(task, tmp_path, rows, *more):
+            train, dev = ({texts_of(each)[0].split()[0] for each in part} for part in (data.train, data.dev))
+            assert dev
+            assert train.isdisjoint(dev - {"a", "another"})
+            assert len(data.train) + len(data.dev) + data.cleaning["near_duplicates"] == len(rows)
+            found.append([texts_of(each) for part in (data.train, data.dev) for each in part])
+        assert found[0] == found[-1]
+
+
+def test_labels_of_dropped_duplicates_go_back_to_training(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    begin = " ".join(f"word{i}" for i in range(30))
+    rows = [{"text": f"{begin} {end}", "label": "only"} for end in ("one", "two")]
+    rows += [{"text": f"{word} says {i}", "label": "ab"[i % 2]} for i, word in enumerate(WORDS)]
+    for seed in range(10):
+        more = ("--clean.near_duplicates=0.7", "--data.dev_fraction=0.3", f"--train.seed={seed}")
+        data = read("classify", tmp_path, rows, *more)
+        assert [example.label for example in data.train].count("only") == 1
+        assert "only" not in {example.label for example in data.dev}
+        assert data.cleaning == {"near_duplicates": 1}
+
+
+@pytest.mark.parametrize("task", ["classify", "tag", "seq2seq", "causal-lm", "masked-lm"])
+def test_lengths_drop_examples_before_they_are_checked_and_divided(task: str, tmp_path: Path) -> None:
+    field = work.task_named(task).FIELDS[0] if task != "tag" else "tokens"
+    rows = [row_of(task, f"{word} and more", "ab"[i % 2]) for i, word in enumerate(WORDS)]
+    rows += [{**row_of(task, "x", "a"), field: [] if task == "tag" else blank} for blank in ("", " ", "  ")]
+    for seed in range(4):
+        more = ("--clean.min_chars=5", f"--train.seed={seed}", "--data.dev_fraction=0.4")
+        for data in reads(task, tmp_path, rows, *more):
+            assert data.cleaning == {"min_chars": 3}
+            assert len(data.train) + len(data.dev) == len(WORDS)
+
+
 @pytest.mark.parametrize("task", ["classify", "tag", "seq2seq", "embed", "dpo"])
 def test_equal_texts_with_other_labels_stay_together(task: str) -> None:
     key = key_of(work.task_named(task))
