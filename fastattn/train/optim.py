@@ -161,6 +161,19 @@ def set_learning_rate(optimizer: Stepper, rate: float, muon_ratio: float = 1.0) 
         group["lr"] = rate * muon_ratio if "ns_steps" in group else rate
 
 
+def hyperparameters(optimizer: Stepper) -> list[dict[str, Any]]:
+    """Everything of the groups but their parameters, as values that later changes leave alone."""
+    return [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+
+
+def set_hyperparameters(optimizer: Stepper, values: Sequence[dict[str, Any]]) -> None:
+    """Give the groups what `hyperparameters` returned for them, as loading a state replaces it by the state's."""
+    for group, given in zip(optimizer.param_groups, values):
+        group.update(given)
+
+
 def learning_rate(
     step: float,
     progress: float,

@@ -315,7 +315,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self.state, processes = self.snapshot.load(source)
+            self.state, notes = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
@@ -327,13 +327,9 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
             self._warn(f"a damaged checkpoint was skipped and left in place: {reason}")
-        if source is not None and processes != self.distributed.world_size:
-            here = self.distributed.world_size
-            self._warn(
-                f"the checkpoint is of {processes} process(es), this run has {here}: "
-                "dropout and other random draws go on from new generators"
-            )
         if source is not None:
+            for note in notes:
+                self._warn(note)
             self.display.note(f"resumed at step {self.state.step} from {source}")
             if self.dev_data is not None and not self.directory.resumes_here:
                 # the best model so far is not here, and that of the other folder may be of a later step
