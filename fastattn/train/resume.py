@@ -33,9 +33,9 @@ WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
 ROWS = ("batch_size", "accumulate")  # options that decide the rows of a process's step
 # Options that change neither the weights of a run nor which of them it keeps as the best; of ROWS, `check_options` sees
 # to it that the rows of a step stay the same.
-WITHOUT_EFFECT = {"output_dir", "resume", "overwrite", "device", "loader_workers", "activation_checkpointing"}
-WITHOUT_EFFECT |= {"update_in_backward", "log_every", "save_every", "keep_checkpoints", "trackers", "peak_tflops"}
-WITHOUT_EFFECT |= {*ROWS}
+WITHOUT_EFFECT = {*ROWS, "output_dir", "resume", "overwrite", "device", "loader_workers", "log_every"}
+WITHOUT_EFFECT |= {"save_every", "keep_checkpoints", "trackers", "peak_tflops"}
+WITHOUT_EFFECT |= {"activation_checkpointing", "update_in_backward"}
 INPUTS = "inputs"  # the entry of STATE with what the run was made from
 SUMS = "files"  # the entry of STATE with the sums of the other files
 READERS = 4  # files whose sums are computed at once

@@ -31,6 +31,7 @@ from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
+from fastattn.train.optim import WARMUP
 from fastattn.train.prepared import Inputs as Inputs
 from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
@@ -51,7 +52,6 @@ from fastattn.train.trainer import Trainer
 TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
-WARMUP = 0.1  # default share of the steps
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
@@ -275,7 +275,8 @@ def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: i
     steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
-    steps["warmup_steps"] = round(WARMUP * (epoch if total is None else total))
+    # of a run that time alone ends, a share of the time
+    steps["warmup_steps"] = None if total is None else round(WARMUP * total)
     return _sections(inputs, task, preset, steps)
 
 

@@ -162,7 +162,7 @@ class Trainer:
             evaluate_with,
             self.sharding,
         )
-        self.updates = Updates(model, config, self.objective)
+        self.updates = Updates(model, config, self.objective, self.max_steps)
         self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
         self.snapshot = Snapshot(
             config,

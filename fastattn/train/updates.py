@@ -14,7 +14,7 @@ from fastattn.train.batches import Batch
 from fastattn.train.config import TrainConfig
 from fastattn.train.in_backward import UpdatesInBackward
 from fastattn.train.objective import Objective
-from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate
+from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_of
 
 SHOWN_EXAMPLES = 16  # of a batch, in a message
 
@@ -44,10 +44,14 @@ class Updates:
         model: its trainable parameters are updated.
         config: the optimiser's options.
         objective: computes the gradient of a step's loss.
+        max_steps: the run's steps, None where time alone ends it.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, objective: Objective) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, objective: Objective, max_steps: int | None
+    ) -> None:
         self.config = config
+        self._warmup = warmup_of(config.warmup_steps, max_steps)
         self.objective = objective
         self.optimizer = build_optimizer(
             model,
@@ -71,10 +75,11 @@ class Updates:
             step,
             progress,
             lr=config.lr,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=self._warmup[0],
             min_lr_ratio=config.min_lr_ratio,
             schedule=config.schedule,
             decay_ratio=config.decay_ratio,
+            longest_warmup=self._warmup[1],
         )
         set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
         if self._in_backward is not None:

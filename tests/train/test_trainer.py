@@ -184,6 +184,29 @@ def test_a_slow_machine_passes_through_the_whole_schedule(make_trainer, monkeypa
     assert rates[-1] < 0.16
 
 
+@pytest.mark.parametrize("warmup_steps", [None, 5000])
+def test_a_run_that_time_alone_ends_decays_whatever_its_warmup(make_trainer, monkeypatch, warmup_steps):
+    """Forty steps fit; a warmup by their number is not over by then."""
+    now = [0.0]
+    monkeypatch.setattr("fastattn.train.trainer.time.monotonic", lambda: now[0])
+    tick = {"on_record": lambda record: now.__setitem__(0, now[0] + 1.0)}
+    options = {
+        "max_steps": None,
+        "max_seconds": 40.0,
+        "warmup_steps": warmup_steps,
+        "log_every": 1,
+        "lr": 1.0,
+    }
+    result = make_trainer(grad_clip=1e-3, min_lr_ratio=0.1, keywords=tick, **options).fit()
+    rates = [r["lr"] for r in result.log if r["event"] == "train"]
+    peak = 4 if warmup_steps is None else 20
+    assert len(rates) == 40
+    assert rates[peak] == max(rates) == pytest.approx(1.0)
+    assert rates[:peak] == pytest.approx([step / peak for step in range(peak)], abs=1e-3)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.11
+
+
 def test_early_stopping(make_trainer):
     options = {"dev": make_data(seed=1), "max_steps": 1000, "eval_every": 2, "patience": 3}
     result = make_trainer(lr=5.0, warmup_steps=0, **options).fit()
