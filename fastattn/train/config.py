@@ -53,7 +53,9 @@ class TrainConfig:
         seed: of the data's order, dropout and all other random numbers.
         deterministic: use only deterministic algorithms of torch.
         log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; with None,
-            evaluations are only before and after training, and the only checkpoint is after it.
+            evaluations are only before and after training, and checkpoints only by time and after it.
+        save_seconds: a checkpoint is also written when this wall time has passed since the last one, or since the first
+            step; None for no checkpoint by time. It changes no result.
         eval_batches: number of batches of an evaluation, from the start of the data; None for all.
         keep_checkpoints: number of the newest checkpoints that are kept.
         patience: end after this many evaluations in a row without a gain.
@@ -103,6 +105,7 @@ class TrainConfig:
     eval_every: int | None = None
     eval_batches: int | None = None
     save_every: int | None = None
+    save_seconds: float | None = 900.0
     keep_checkpoints: int = 2
     patience: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -160,7 +163,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a 
     ),
     **dict.fromkeys(("save_every", "keep_checkpoints", "patience", "max_nonfinite"), _COUNT),
     **dict.fromkeys(
-        ("max_epochs", "max_seconds", "lr", "muon_lr", "eps", "grad_clip", "peak_tflops"), _POSITIVE
+        ("max_epochs", "max_seconds", "save_seconds", "lr", "muon_lr", "eps", "grad_clip", "peak_tflops"),
+        _POSITIVE,
     ),
     **dict.fromkeys(("beta1", "beta2", "muon_momentum", "ema_decay"), _DECAY),
     **dict.fromkeys(

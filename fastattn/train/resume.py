@@ -34,7 +34,7 @@ ROWS = ("batch_size", "accumulate")  # options that decide the rows of a process
 # Options that change neither the weights of a run nor which of them it keeps as the best; of ROWS, `check_options` sees
 # to it that the rows of a step stay the same.
 WITHOUT_EFFECT = {*ROWS, "output_dir", "resume", "overwrite", "device", "loader_workers", "log_every"}
-WITHOUT_EFFECT |= {"save_every", "keep_checkpoints", "trackers", "peak_tflops"}
+WITHOUT_EFFECT |= {"save_every", "save_seconds", "keep_checkpoints", "trackers", "peak_tflops"}
 WITHOUT_EFFECT |= {"activation_checkpointing", "update_in_backward"}
 INPUTS = "inputs"  # the entry of STATE with what the run was made from
 SUMS = "files"  # the entry of STATE with the sums of the other files

@@ -52,6 +52,7 @@ from fastattn.train.trainer import Trainer
 TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
+EVALUATIONS = 5  # default number in a run of at most one epoch
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
@@ -266,13 +267,14 @@ def _sections(
 
 
 def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: int, model: Any) -> Sections:
-    """The sections with defaults that depend on steps and model: warmup, an evaluation in each epoch."""
+    """The sections with defaults that depend on steps and model: the rate, warmup, evaluations and checkpoints."""
     first = _sections(inputs, task, preset)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = first.train
     epoch = max(1, math.ceil(examples / (config.batch_size * config.accumulate * world_size)))
     total = step_limit(config, examples, world_size)
-    steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
+    every = epoch if total is None or total > epoch else math.ceil(total / EVALUATIONS)
+    steps: dict[str, Any] = {"eval_every": every, "save_every": every}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
     # of a run that time alone ends, a share of the time

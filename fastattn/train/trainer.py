@@ -184,6 +184,7 @@ class Trainer:
         self._trackers: Trackers | None = None
         self._loader: WorkerBatches | None = None
         self._started = time.monotonic()
+        self._saved_at: float | None = None  # the run's seconds after its last checkpoint, on all processes
         self._used = False
 
     def fit(self) -> FitResult:
@@ -354,6 +355,8 @@ class Trainer:
         signals, self.state.seconds = self.distributed.sum(
             [stop.signal_name is not None, seconds], self.device
         )
+        if self._saved_at is None:
+            self._saved_at = self.state.seconds
         return signals > 0
 
     def _reason_to_stop(self) -> str | None:
@@ -429,8 +432,13 @@ class Trainer:
         self.display.step(self._progress(), {"step": step, **self._shown})
         if self.dev_data is not None and config.eval_every and step % config.eval_every == 0:
             self._evaluate_and_keep()
-        if config.save_every and step % config.save_every == 0:
+        if (config.save_every and step % config.save_every == 0) or self._saves_by_time():
             self._save()
+
+    def _saves_by_time(self) -> bool:
+        """Whether the time for a checkpoint has come, by the first process's clock; the same on all processes."""
+        every, since = self.config.save_seconds, self._saved_at
+        return every is not None and since is not None and self.state.seconds - since >= every
 
     def _finish(self, *, evaluate: bool) -> Path:
         """Final evaluation and saving; an interrupted run only saves, and evaluates when it is resumed."""
@@ -513,4 +521,5 @@ class Trainer:
             raise
         if self.dev_data is None:
             self._save_model()
+        self._saved_at = None
         return final

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -140,6 +141,26 @@ def resumed_with_the_same_bits(folder, sharding, **options):
     return {"steps": [stopped.steps, stopped.interrupted, resumed.steps], "equal": equal, "apart": apart}
 
 
+def saved_by_time(folder, sharding):
+    """Checkpoints by the first process's clock, though others' run faster; they leave the weights as they are."""
+    options = {"sharding": sharding, "dropout": 0.3, "keep_checkpoints": 9}
+    _, found, often = train(folder / "often", save_seconds=1e-9, **options)
+    monotonic = time.monotonic
+    if dist.is_initialized() and dist.get_rank():
+        time.monotonic = lambda: 1e4 * monotonic()
+    try:
+        _, wanted, once = train(folder / "once", save_seconds=1e3, **options)
+    finally:
+        time.monotonic = monotonic
+    apart = max(
+        float((own_part(wanted[n]) - own_part(found[n])).abs().max())
+        for n in wanted
+        if own_part(wanted[n]).numel()
+    )
+    steps = [sorted(p.name for p in trainer.directory.checkpoints()) for trainer in (often, once)]
+    return {"often": steps[0], "once": steps[1], "apart": apart}
+
+
 def gpt(folder, sharding):
     """A model that is saved by its own method: the folder at the end loads without any process group."""
     # A larger eps: the gradient of key biases is zero but for rounding, and a small one would make steps of it.
@@ -201,6 +222,7 @@ def main(folder, sizes):
         report[sharding] = whole_run(place, sharding)
         report[sharding]["early"] = early_stop(place, sharding)
         report[sharding]["resumed"] = resumed_with_the_same_bits(place, sharding, loader_workers=WORLD % 4)
+        report[sharding]["timed"] = saved_by_time(place, sharding)
         gpt(place, sharding)
     train(folder / "start", sharding="fsdp", max_steps=4, schedule="constant")
     report["damaged"] = damaged(folder)

@@ -71,6 +71,7 @@ TAKES: dict[str, set[str]] = {
     "eval_every": OPTIONAL,
     "eval_batches": OPTIONAL,
     "save_every": OPTIONAL,
+    "save_seconds": OPTIONAL | NUMBER,
     "keep_checkpoints": set(),
     "patience": OPTIONAL,
     "on_nonfinite": set(),

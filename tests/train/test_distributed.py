@@ -85,6 +85,9 @@ def test_all_processes_stop_alike_and_resume_bit_by_bit(runs, count, sharding):
         resumed["apart"] <= EXACT["atol"]
     )  # DDP orders its buckets anew after its first step, and so sums of more
     assert report["early"] == 4
+    assert report["timed"]["often"] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert report["timed"]["once"] == ["checkpoint-8"]
+    assert report["timed"]["apart"] <= EXACT["atol"]
 
 
 @pytest.mark.exhaustive
