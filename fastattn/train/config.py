@@ -56,7 +56,8 @@ class TrainConfig:
             evaluations are only before and after training, and checkpoints only by time and after it.
         save_seconds: a checkpoint is also written when this wall time has passed since the last one, or since the first
             step; None for no checkpoint by time. It changes no result.
-        eval_batches: number of batches of an evaluation, from the start of the data; None for all.
+        eval_batches: number of batches of which an evaluation computes the loss, of rows evenly spaced over the data;
+            None for all. Other figures, which `evaluate_with` returns, are of what it reads: a task's of all its data.
         keep_checkpoints: number of the newest checkpoints that are kept.
         patience: end after this many evaluations in a row without a gain.
         on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" skips the

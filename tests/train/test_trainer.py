@@ -4,8 +4,10 @@ import json
 import math
 import os
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +15,7 @@ from tiny_lm import VOCAB, make_data, make_model
 from torch import nn
 
 from fastattn.constants import IGNORE_INDEX
+from fastattn.data import BestFitDataset
 from fastattn.train import ConfigError
 
 
@@ -140,6 +143,34 @@ def test_evaluation_can_be_cut_short_and_needs_data(make_trainer):
     unlabelled = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORE_INDEX)}]
     with pytest.raises(ValueError, match="all labels are -100"):
         trainer.evaluate(unlabelled)
+
+
+def test_an_evaluation_of_some_batches_is_of_rows_from_all_of_the_data(make_trainer):
+    """Packed rows begin with the longest documents: their first batches alone would be another set."""
+    documents = [[1 + number % 20] * (30 - number // 2) for number in range(60)]
+    tokens = np.concatenate([np.asarray(each, np.int64) for each in documents])
+    ends = np.cumsum([len(each) for each in documents])
+    rows = BestFitDataset(tokens, np.stack((np.append(0, ends[:-1]), ends), 1), 31)
+    seen = []
+
+    class Watched:
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return {name: rows[index][name] for name in ("input_ids", "labels")}
+
+    trainer = make_trainer(eval_batches=2, batch_size=4)
+    some = trainer.evaluate(Watched())
+    assert len(seen) == 8
+    assert seen == sorted(set(seen))
+    gaps = {b - a for a, b in pairwise([*seen, len(rows) + seen[0]])}
+    assert max(gaps) - min(gaps) <= 1
+    assert trainer.evaluate(Watched()) == some
+    seen.clear()
+    make_trainer(eval_batches=99, batch_size=4, out="all").evaluate(Watched())
+    assert seen == list(range(len(rows)))
 
 
 def test_the_best_model_is_kept_at_the_top(make_trainer):
