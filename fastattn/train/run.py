@@ -32,6 +32,7 @@ from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
 from fastattn.train.optim import WARMUP
+from fastattn.train.places import place_of
 from fastattn.train.prepared import Inputs as Inputs
 from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
@@ -107,6 +108,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         tokenizer=prepared.saved_tokenizer,
         display=display,
         inputs=prepared.about,
+        where=place_of(prepared),
         **({"collate": prepared.train_set.collate} if hasattr(prepared.train_set, "collate") else {}),
         **options,
     )

@@ -48,7 +48,13 @@ from fastattn.train.signals import StopRequest
 from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
 from fastattn.train.trackers import Trackers, missing
-from fastattn.train.updates import TrainingDiverged, Update, Updates, listed
+from fastattn.train.updates import (
+    SHOWN_EXAMPLES,
+    TrainingDiverged,
+    Update,
+    Updates,
+    listed,
+)
 
 
 class Trainer:
@@ -79,6 +85,8 @@ class Trainer:
             ("loss", False), or the name of one that evaluate_with returns.
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
         inputs: what the run is made from, in JSON's types: saved with each checkpoint, for a check when a run resumes.
+        where: returns the place of an item of train_data by its index, such as a file and a line, for the error and the
+            log of a batch whose loss or gradient is not finite.
 
     Raises:
         ConfigError: the output directory, the disk, the device or the precision cannot be used, a tracker is not
@@ -103,8 +111,9 @@ class Trainer:
         best: tuple[str, bool] = (LOSS, False),
         show_with: Callable[[nn.Module], str] | None = None,
         inputs: Mapping[str, Any] | None = None,
+        where: Callable[[int], str] | None = None,
     ) -> None:
-        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record, where)
         check_inputs(inputs)
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
@@ -141,6 +150,7 @@ class Trainer:
         self.max_steps = step_limit(config, len(train_data), world_size)
         self.display = (display or default_display()) if self.distributed.is_main else NoDisplay()
         self.on_record = on_record
+        self.where = where
         self.best, self.show_with = best, show_with
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
@@ -409,15 +419,25 @@ class Trainer:
             self._warn(f"{update}: step skipped, {state.nonfinite_in_a_row} in a row")
             self.updates.discard()
             return
-        figures = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
-        culprit = self.updates.first_gradient_not_finite()
-        examples = self.updates.examples_not_finite(indices)
-        self.log.add("diverged", state.step, **figures, parameter=culprit, examples=examples)
+        figures: dict[str, Any] = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
+        found = self.updates.not_finite(indices)
+        examples, processes = found.examples, found.processes
+        places = [] if self.where is None else [self.where(index) for index in examples[:SHOWN_EXAMPLES]]
+        if self.where is not None:
+            figures["where"] = places
+        if self.distributed.world_size > 1:
+            figures["processes"] = processes
+        self.log.add("diverged", state.step, **figures, parameter=found.parameter, examples=examples)
         kept = self.directory.checkpoints()
         raise TrainingDiverged(
             f"step {state.step}: {update}"
-            + (f"; first in the gradient of {culprit}" if culprit else "")
-            + f"; in the batch of training examples {listed(examples)}"
+            + (f"; first in the gradient of {found.parameter}" if found.parameter else "")
+            + f"; in the batch of training examples {listed(examples, places)}"
+            + (
+                f"; of process {', '.join(map(str, processes))}"
+                if "processes" in figures and processes
+                else ""
+            )
             + (f"; the newest checkpoint is {kept[-1]}" if kept else "; there is no checkpoint yet")
             + "; try a lower lr or more warmup_steps"
         )

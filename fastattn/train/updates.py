@@ -37,6 +37,21 @@ class Update:
         return f"loss {self.loss:.4g}, gradient norm {self.norm:.4g}, lr {self.rate:.3g}"
 
 
+@dataclass(frozen=True)
+class NotFinite:
+    """What held an inf or NaN in a step that was not taken, of all processes.
+
+    Attributes:
+        parameter: the first one whose gradient did; None where the losses alone did.
+        processes: those with a micro-batch whose loss is not finite.
+        examples: of these micro-batches, or of all of the step if every loss is finite.
+    """
+
+    parameter: str | None
+    processes: list[int]
+    examples: list[int]
+
+
 class Updates:
     """Updates a model by the gradients of batches.
 
@@ -114,18 +129,34 @@ class Updates:
         self.objective.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def first_gradient_not_finite(self) -> str | None:
-        """The name of the first parameter whose gradient held an inf or NaN in a step that was not taken."""
+    def not_finite(self, indices: Sequence[Sequence[int]]) -> NotFinite:
+        """What was not finite in a step that was not taken; all processes call it together and get the same.
+
+        Args:
+            indices: the examples of this process's micro-batches.
+        """
+        found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
+        distributed = self.objective.distributed
+        reports = distributed.broadcast(
+            distributed.gather((self._first_gradient_not_finite(), found, indices))
+        )
+        # each process has its own part of a sharded gradient
+        names = {name for name, _, _ in reports if name is not None}
+        first = next((name for name, _ in self.objective.model.named_parameters() if name in names), None)
+        processes = [rank for rank, (_, bad, _) in enumerate(reports) if bad]
+        batches = [batch for _, bad, of_all in reports for batch in (bad if processes else of_all)]
+        return NotFinite(first, processes, [index for batch in batches for index in batch])
+
+    def _first_gradient_not_finite(self) -> str | None:
         if self._in_backward is not None:
             return self._in_backward.first_gradient_not_finite()
         return self.objective.first_gradient_not_finite()
 
-    def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
-        """The examples of the micro-batches whose loss is not finite; of all micro-batches if every loss is finite."""
-        found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
-        return [index for batch in found or indices for index in batch]
 
-
-def listed(examples: Sequence[int]) -> str:
-    """The first of these examples, as text."""
-    return ", ".join(map(str, examples[:SHOWN_EXAMPLES])) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")
+def listed(examples: Sequence[int], places: Sequence[str] = ()) -> str:
+    """The first of these examples, as text, each with its place where those are known."""
+    shown = [
+        f"{each} ({places[number]})" if places else str(each)
+        for number, each in enumerate(examples[:SHOWN_EXAMPLES])
+    ]
+    return ", ".join(shown) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")

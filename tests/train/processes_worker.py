@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_lm import make_blocks, make_data
 
 from fastattn.constants import IGNORE_INDEX
+from fastattn.data.packing import IndexSampler
 from fastattn.models import GPT, GPTConfig
-from fastattn.train import TrainConfig, Trainer
+from fastattn.train import TrainConfig, Trainer, TrainingDiverged
 from fastattn.train.progress import NoDisplay
 from fastattn.train.sharding import own_part
 
@@ -161,6 +162,32 @@ def saved_by_time(folder, sharding):
     return {"often": steps[0], "once": steps[1], "apart": apart}
 
 
+def diverged(folder, sharding):
+    """The loss of the last process is not finite: all raise the same error, with that one's examples."""
+
+    def poison(trainer):
+        if trainer.state.step == 3 and trainer.distributed.rank == WORLD - 1:
+            loss = trainer.objective.loss
+            trainer.objective.loss = lambda *arguments: loss(*arguments) * float("nan")
+
+    batch_size, accumulate = SHAPES[WORLD]
+    sampler = IndexSampler(75, 0, rank=WORLD - 1, world_size=WORLD)
+    batches = [sampler.next_batch(batch_size) for _ in range(4 * accumulate)]
+    try:
+        train(folder / "diverged", sharding=sharding, on_step=poison)
+    except TrainingDiverged as error:
+        records = (folder / "diverged" / "log.jsonl").read_text().splitlines()
+        (record,) = [r for r in map(json.loads, records) if r["event"] == "diverged"]
+        labelled = [batch for batch in batches[-accumulate:] if any(index % 3 for index in batch)]
+        return {
+            "right": record["examples"] == [index for batch in labelled for index in batch],
+            "processes": record.get("processes"),
+            "named": record["parameter"],
+            "text": str(error),
+        }
+    return {}
+
+
 def gpt(folder, sharding):
     """A model that is saved by its own method: the folder at the end loads without any process group."""
     # A larger eps: the gradient of key biases is zero but for rounding, and a small one would make steps of it.
@@ -223,6 +250,7 @@ def main(folder, sizes):
         report[sharding]["early"] = early_stop(place, sharding)
         report[sharding]["resumed"] = resumed_with_the_same_bits(place, sharding, loader_workers=WORLD % 4)
         report[sharding]["timed"] = saved_by_time(place, sharding)
+        report[sharding]["diverged"] = diverged(place, sharding)
         gpt(place, sharding)
     train(folder / "start", sharding="fsdp", max_steps=4, schedule="constant")
     report["damaged"] = damaged(folder)

@@ -91,6 +91,17 @@ def test_all_processes_stop_alike_and_resume_bit_by_bit(runs, count, sharding):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_loss_that_is_not_finite_is_named_with_its_process(runs, count, sharding):
+    found = runs[count][0][sharding]["diverged"]
+    assert found["right"]
+    assert found["processes"] == (None if count == 1 else [count - 1])
+    assert found["named"] == "embed.weight"
+    assert (f"; of process {count - 1};" in found["text"]) == (count > 1)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("count", "source"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_a_sharded_checkpoint_reloads_at_another_number_of_processes(runs, count, source):
     """The steps after it are those of one process to rounding."""
