@@ -34,6 +34,7 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
 
     from fastattn.data.encoding import InputTokenizer
     from fastattn.models.embedding import encoder_folder
+    from fastattn.train.optim import warmup_of
     from fastattn.train.run import TASKS as OURS
     from fastattn.train.task_config import presets_of, read_sections
     from fastattn.train.task_data import read_data
@@ -68,7 +69,7 @@ def train(name: str, like: Path, out: Path, seconds: float | None = None) -> dic
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[
             config.schedule
         ],
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_of(config.warmup_steps, report["steps"])[0],
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,

@@ -13,7 +13,14 @@ from fastattn.train.metrics import LOSS
 
 
 def check_arguments(
-    model: Any, config: Any, train_data: Any, dev_data: Any, tokenizer: Any, collate: Any, on_record: Any
+    model: Any,
+    config: Any,
+    train_data: Any,
+    dev_data: Any,
+    tokenizer: Any,
+    collate: Any,
+    on_record: Any,
+    where: Any,
 ) -> None:
     """Raise TypeError for the first argument of the trainer that has a wrong type."""
 
@@ -34,6 +41,7 @@ def check_arguments(
         ),
         "collate": (callable(collate), collate, "a function of a list of items"),
         "on_record": (on_record is None or callable(on_record), on_record, "a function of a record, or None"),
+        "where": (where is None or callable(where), where, "a function of an index, or None"),
     }
     for name, (good, value, need) in needs.items():
         if not good:

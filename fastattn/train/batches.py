@@ -52,7 +52,13 @@ class Batches:
     def in_order(
         self, data: Examples, size: int, limit: int | None, rank: int, world_size: int
     ) -> Iterator[Batch]:
-        """This process's share of the data in batches of `size`; at most the first `limit` batches of all processes."""
-        starts = range(0, len(data), size)[:limit]
-        for start in starts[rank::world_size]:
-            yield self.of(data, range(start, min(start + size, len(data))))
+        """This process's share of the data in batches of `size`, or of `limit` batches of evenly spaced items of it.
+
+        The first items would be no sample of the data: packed rows begin with the longest documents.
+        """
+        count = len(data) if limit is None else min(limit * size, len(data))
+        items = (
+            [number * len(data) // count for number in range(count)] if count < len(data) else range(count)
+        )
+        for start in range(0, count, size)[rank::world_size]:
+            yield self.of(data, items[start : start + size])

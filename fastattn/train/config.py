@@ -23,6 +23,7 @@ class TrainConfig:
         max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
             training data, wall time including evaluations. With max_seconds the learning rate follows the time where
             that is ahead of the steps, so that the schedule is complete at the end; such a run is not reproducible.
+            Where time alone ends the run, the warmup ends after half of it at the latest.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
         sharding: of a model trained by several processes: with "ddp" each has all of it, with "fsdp" a part of each
@@ -30,9 +31,10 @@ class TrainConfig:
         loader_workers: processes that make batches ahead of the training process; 0 makes them in it. With workers,
             collate's draws go by the seed and the batch's place in the run, whatever their number.
         optimizer: "adamw", or "muon" on the matrices of the model's blocks with AdamW on the rest.
-        lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps, then
-            falls to lr * min_lr_ratio at the end: along a cosine, linearly, or with "wsd" linearly over the last
-            decay_ratio of the steps after the warmup; "constant" stays at lr.
+        lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps (None for a
+            tenth of the run, by time where time alone ends it), then falls to lr * min_lr_ratio at the end: along a
+            cosine, linearly, or with "wsd" linearly over the last decay_ratio of the steps after the warmup;
+            "constant" stays at lr.
         decay_ratio: share of the steps in which "wsd" decays.
         weight_decay, beta1, beta2, eps: of AdamW, without decay of vectors; Muon has the same weight_decay.
         muon_lr, muon_momentum: Muon's peak rate (None for lr, which suits both) and momentum.
@@ -51,8 +53,11 @@ class TrainConfig:
         seed: of the data's order, dropout and all other random numbers.
         deterministic: use only deterministic algorithms of torch.
         log_every, eval_every, save_every: steps between records of the log, evaluations and checkpoints; with None,
-            evaluations are only before and after training, and the only checkpoint is after it.
-        eval_batches: number of batches of an evaluation, from the start of the data; None for all.
+            evaluations are only before and after training, and checkpoints only by time and after it.
+        save_seconds: a checkpoint is also written when this wall time has passed since the last one, or since the first
+            step; None for no checkpoint by time. It changes no result.
+        eval_batches: number of batches of which an evaluation computes the loss, of rows evenly spaced over the data;
+            None for all. Other figures, which `evaluate_with` returns, are of what it reads: a task's of all its data.
         keep_checkpoints: number of the newest checkpoints that are kept.
         patience: end after this many evaluations in a row without a gain.
         on_nonfinite: at a loss or gradient that is not finite, "stop" raises TrainingDiverged, and "skip" skips the
@@ -81,7 +86,7 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     decay_ratio: float = 0.2
     min_lr_ratio: float = 0.1
-    warmup_steps: int = 100
+    warmup_steps: int | None = 100
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -101,6 +106,7 @@ class TrainConfig:
     eval_every: int | None = None
     eval_batches: int | None = None
     save_every: int | None = None
+    save_seconds: float | None = 900.0
     keep_checkpoints: int = 2
     patience: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -158,7 +164,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # every option has a 
     ),
     **dict.fromkeys(("save_every", "keep_checkpoints", "patience", "max_nonfinite"), _COUNT),
     **dict.fromkeys(
-        ("max_epochs", "max_seconds", "lr", "muon_lr", "eps", "grad_clip", "peak_tflops"), _POSITIVE
+        ("max_epochs", "max_seconds", "save_seconds", "lr", "muon_lr", "eps", "grad_clip", "peak_tflops"),
+        _POSITIVE,
     ),
     **dict.fromkeys(("beta1", "beta2", "muon_momentum", "ema_decay"), _DECAY),
     **dict.fromkeys(

@@ -14,6 +14,8 @@ from fastattn.train.sharding import is_sharded
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerName = Literal["adamw", "muon"]
+WARMUP = 0.1  # share of a run without a number of steps of its own
+LONGEST_WARMUP = 0.5  # share of a run that time alone ends; the rest is for the decay
 
 
 class Stepper(Protocol):
@@ -161,17 +163,31 @@ def set_learning_rate(optimizer: Stepper, rate: float, muon_ratio: float = 1.0) 
         group["lr"] = rate * muon_ratio if "ns_steps" in group else rate
 
 
+def hyperparameters(optimizer: Stepper) -> list[dict[str, Any]]:
+    """Everything of the groups but their parameters, as values that later changes leave alone."""
+    return [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+
+
+def set_hyperparameters(optimizer: Stepper, values: Sequence[dict[str, Any]]) -> None:
+    """Give the groups what `hyperparameters` returned for them, as loading a state replaces it by the state's."""
+    for group, given in zip(optimizer.param_groups, values):
+        group.update(given)
+
+
 def learning_rate(
     step: float,
     progress: float,
     *,
     lr: float,
-    warmup_steps: int,
+    warmup_steps: float,
     min_lr_ratio: float,
     schedule: Schedule = "cosine",
     decay_ratio: float = 0.2,
+    longest_warmup: float = math.inf,
 ) -> float:
-    """The rate after `step` steps: lr * (step + 1) / warmup, then lr * (r + (1 - r) * f(x)).
+    """The rate after `step` steps: lr * (step + 1) / warmup_steps, then lr * (r + (1 - r) * f(x)).
 
     r is min_lr_ratio and x runs from 0 to 1 over what follows the warmup. f(x) is (1 + cos(pi * x)) / 2 for "cosine",
     1 - x for "linear" and 1 for "constant". "wsd" stays at 1 and falls linearly over the last decay_ratio of x
@@ -181,12 +197,28 @@ def learning_rate(
         step: optimiser steps taken so far, or on a schedule by time the equivalent number.
         progress: share of the whole run that is done, from 0 to 1, warmup included.
         lr, warmup_steps, min_lr_ratio, schedule, decay_ratio: as in TrainConfig.
+        longest_warmup: share of the run at which the warmup is over whatever the steps: until then the rate is at least
+            lr * progress / longest_warmup.
     """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    at_warmup_end = progress * warmup_steps / step if step else 0.0
+    if step < warmup_steps and progress < longest_warmup:
+        return max(lr * (step + 1) / warmup_steps, lr * progress / longest_warmup)
+    at_warmup_end = 0.0
+    if warmup_steps:
+        at_warmup_end = min(progress * warmup_steps / step, longest_warmup) if step else longest_warmup
     x = min(max((progress - at_warmup_end) / max(1.0 - at_warmup_end, 1e-12), 0.0), 1.0)
     return lr * (min_lr_ratio + (1.0 - min_lr_ratio) * _height(schedule, x, decay_ratio))
+
+
+def warmup_of(warmup_steps: int | None, max_steps: int | None) -> tuple[float, float]:
+    """The steps of a run's warmup and the share of the run that it takes at most, as `learning_rate` takes them.
+
+    Args:
+        warmup_steps: as in TrainConfig, None for WARMUP of the run.
+        max_steps: the run's steps, None where time alone ends it: their number is not known then.
+    """
+    if max_steps is not None:
+        return (round(WARMUP * max_steps) if warmup_steps is None else warmup_steps), math.inf
+    return (math.inf, WARMUP) if warmup_steps is None else (warmup_steps, LONGEST_WARMUP)
 
 
 def _height(schedule: Schedule, x: float, decay_ratio: float) -> float:

@@ -31,6 +31,11 @@ WHOLE_FILES = (OPTIMIZER, WEIGHTS)
 # The keys of TrainState.window, where it is not empty.
 WINDOW = {"steps", "loss", "tokens", "seconds", "lr", "grad_norm"}
 ROWS = ("batch_size", "accumulate")  # options that decide the rows of a process's step
+# Options that change neither the weights of a run nor which of them it keeps as the best; of ROWS, `check_options` sees
+# to it that the rows of a step stay the same.
+WITHOUT_EFFECT = {*ROWS, "output_dir", "resume", "overwrite", "device", "loader_workers", "log_every"}
+WITHOUT_EFFECT |= {"save_every", "save_seconds", "keep_checkpoints", "trackers", "peak_tflops"}
+WITHOUT_EFFECT |= {"activation_checkpointing", "update_in_backward"}
 INPUTS = "inputs"  # the entry of STATE with what the run was made from
 SUMS = "files"  # the entry of STATE with the sums of the other files
 READERS = 4  # files whose sums are computed at once
@@ -201,6 +206,16 @@ def check_options(saved: Saved, config: TrainConfig, world_size: int, folder: Pa
             f"batch_size: {folder} was trained with {rows[0]} rows in a step (batch_size * accumulate * "
             f"{saved.world_size} processes), this run has {rows[1]} (with {world_size} processes)"
         )
+
+
+def changed_options(saved: Saved, config: TrainConfig, folder: Path) -> list[str]:
+    """A line for each option that changes the run and differs from the checkpoint's, of those that it has."""
+    here, before = asdict(config), saved.options
+    return [
+        f"{name}: {folder} was trained with {before[name]}, this run has {value}"
+        for name, value in here.items()
+        if name not in WITHOUT_EFFECT and name in before and before[name] != value
+    ]
 
 
 def check_weights(folder: Path, model: nn.Module | None) -> None:

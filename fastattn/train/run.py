@@ -32,6 +32,8 @@ from fastattn.train.distributed import usable_device
 from fastattn.train.end_of_run import best_model, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
+from fastattn.train.optim import WARMUP
+from fastattn.train.places import place_of
 from fastattn.train.prepared import Inputs as Inputs
 from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
@@ -53,7 +55,7 @@ from fastattn.train.trainer import Trainer
 TASKS: dict[str, ModuleType] = {
     task.NAME: task for task in (causal_lm, masked_lm, classify, tag, qa, seq2seq, embed, chat, dpo)
 }
-WARMUP = 0.1  # default share of the steps
+EVALUATIONS = 5  # default number in a run of at most one epoch
 
 
 def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str, Any]:
@@ -108,6 +110,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
         tokenizer=prepared.saved_tokenizer,
         display=display,
         inputs=prepared.about,
+        where=place_of(prepared),
         **({"collate": prepared.train_set.collate} if hasattr(prepared.train_set, "collate") else {}),
         **options,
     )
@@ -281,16 +284,18 @@ def _sections(
 
 
 def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: int, model: Any) -> Sections:
-    """The sections with defaults that depend on steps and model: warmup, an evaluation in each epoch."""
+    """The sections with defaults that depend on steps and model: the rate, warmup, evaluations and checkpoints."""
     first = _sections(inputs, task, preset)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = first.train
     epoch = max(1, math.ceil(examples / (config.batch_size * config.accumulate * world_size)))
     total = step_limit(config, examples, world_size)
-    steps: dict[str, Any] = {"eval_every": epoch, "save_every": epoch}
+    every = epoch if total is None or total > epoch else math.ceil(total / EVALUATIONS)
+    steps: dict[str, Any] = {"eval_every": every, "save_every": every}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
-    steps["warmup_steps"] = round(WARMUP * (epoch if total is None else total))
+    # of a run that time alone ends, a share of the time
+    steps["warmup_steps"] = None if total is None else round(WARMUP * total)
     return _sections(inputs, task, preset, steps)
 
 

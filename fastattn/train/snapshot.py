@@ -17,7 +17,7 @@ from fastattn.train.averaging import Averaged
 from fastattn.train.checkpoint import read_model, write_model
 from fastattn.train.config import TrainConfig
 from fastattn.train.distributed import Distributed
-from fastattn.train.optim import Stepper
+from fastattn.train.optim import Stepper, hyperparameters, set_hyperparameters
 from fastattn.train.resume import (
     AVERAGE,
     GENERATORS,
@@ -27,6 +27,7 @@ from fastattn.train.resume import (
     STATE,
     SUMS,
     DamagedCheckpoint,
+    changed_options,
     check_optimizer,
     check_options,
     read_checkpoint,
@@ -90,11 +91,12 @@ class Snapshot:
         }
         (folder / STATE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
-    def load(self, folder: Path) -> tuple[TrainState, int]:
+    def load(self, folder: Path) -> tuple[TrainState, list[str]]:
         """Load everything that `write` wrote, after checking that the run has the same order of data.
 
         Random generators go on where they were, unless the checkpoint is of another number of processes: then each
-        process gets new ones, by the seed, the step and its rank. Returns the state, and that number.
+        process gets new ones, by the seed, the step and its rank. The optimiser keeps this run's hyperparameters.
+        Returns the state, and a line for each option that changes the run and for another number of processes.
 
         Raises:
             ConfigError: options that decide the order of data or the state differ.
@@ -104,6 +106,8 @@ class Snapshot:
         check_options(saved, self.config, self.distributed.world_size, folder)
         self.sampler.load_state_dict(saved.sampler)
         rank, world_size = self.distributed.rank, self.distributed.world_size
+        own = hyperparameters(self.optimizer)
+        notes = changed_options(saved, self.config, folder)
         try:
             if saved.sharded:
                 from fastattn.train import shards
@@ -115,13 +119,18 @@ class Snapshot:
                 self.optimizer.load_state_dict(saved.optimizer)
                 if self.averaged is not None:
                     self.averaged.load(saved.average)
+            set_hyperparameters(self.optimizer, own)
             self.scaler.load_state_dict(saved.scaler)
             if saved.world_size == world_size:
                 restore_random_state(saved.generators[rank], self.device)
             else:
                 seed_all(seed_at(self.config.seed, saved.state.step, world_size, rank))
+                notes.append(
+                    f"the checkpoint is of {saved.world_size} process(es), this run has {world_size}: "
+                    "dropout and other random draws go on from new generators"
+                )
         except ConfigError:
             raise
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise DamagedCheckpoint(f"{folder}: its state cannot be restored ({error})") from None
-        return saved.state, saved.world_size
+        return saved.state, notes

@@ -48,7 +48,13 @@ from fastattn.train.signals import StopRequest
 from fastattn.train.snapshot import Snapshot
 from fastattn.train.state import FitResult, TrainState
 from fastattn.train.trackers import Trackers, missing
-from fastattn.train.updates import TrainingDiverged, Update, Updates, listed
+from fastattn.train.updates import (
+    SHOWN_EXAMPLES,
+    TrainingDiverged,
+    Update,
+    Updates,
+    listed,
+)
 
 
 class Trainer:
@@ -79,6 +85,8 @@ class Trainer:
             ("loss", False), or the name of one that evaluate_with returns.
         show_with: returns a text for the model at each evaluation, such as a sample; it is shown and logged.
         inputs: what the run is made from, in JSON's types: saved with each checkpoint, for a check when a run resumes.
+        where: returns the place of an item of train_data by its index, such as a file and a line, for the error and the
+            log of a batch whose loss or gradient is not finite.
 
     Raises:
         ConfigError: the output directory, the disk, the device or the precision cannot be used, a tracker is not
@@ -103,8 +111,9 @@ class Trainer:
         best: tuple[str, bool] = (LOSS, False),
         show_with: Callable[[nn.Module], str] | None = None,
         inputs: Mapping[str, Any] | None = None,
+        where: Callable[[int], str] | None = None,
     ) -> None:
-        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record)
+        check_arguments(model, config, train_data, dev_data, tokenizer, collate, on_record, where)
         check_inputs(inputs)
         check_evaluation(dev_data, evaluate_with, best, show_with)
         for name, data in (("train_data", train_data), ("dev_data", dev_data)):
@@ -141,6 +150,7 @@ class Trainer:
         self.max_steps = step_limit(config, len(train_data), world_size)
         self.display = (display or default_display()) if self.distributed.is_main else NoDisplay()
         self.on_record = on_record
+        self.where = where
         self.best, self.show_with = best, show_with
         self.log = RunLog(None, resume_step=None)
         self.state = TrainState()
@@ -162,7 +172,7 @@ class Trainer:
             evaluate_with,
             self.sharding,
         )
-        self.updates = Updates(model, config, self.objective)
+        self.updates = Updates(model, config, self.objective, self.max_steps)
         self.optimizer, self.averaged = self.updates.optimizer, self.updates.averaged
         self.snapshot = Snapshot(
             config,
@@ -184,6 +194,7 @@ class Trainer:
         self._trackers: Trackers | None = None
         self._loader: WorkerBatches | None = None
         self._started = time.monotonic()
+        self._saved_at: float | None = None  # the run's seconds after its last checkpoint, on all processes
         self._used = False
 
     def fit(self) -> FitResult:
@@ -315,7 +326,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         if source is not None:
-            self.state, processes = self.snapshot.load(source)
+            self.state, notes = self.snapshot.load(source)
         if self.distributed.is_main:
             self.directory.prepare()
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
@@ -327,13 +338,9 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
         for reason in self.directory.passed_over.values():
             self._warn(f"a damaged checkpoint was skipped and left in place: {reason}")
-        if source is not None and processes != self.distributed.world_size:
-            here = self.distributed.world_size
-            self._warn(
-                f"the checkpoint is of {processes} process(es), this run has {here}: "
-                "dropout and other random draws go on from new generators"
-            )
         if source is not None:
+            for note in notes:
+                self._warn(note)
             self.display.note(f"resumed at step {self.state.step} from {source}")
             if self.dev_data is not None and not self.directory.resumes_here:
                 # the best model so far is not here, and that of the other folder may be of a later step
@@ -358,6 +365,8 @@ class Trainer:
         signals, self.state.seconds = self.distributed.sum(
             [stop.signal_name is not None, seconds], self.device
         )
+        if self._saved_at is None:
+            self._saved_at = self.state.seconds
         return signals > 0
 
     def _reason_to_stop(self) -> str | None:
@@ -410,15 +419,25 @@ class Trainer:
             self._warn(f"{update}: step skipped, {state.nonfinite_in_a_row} in a row")
             self.updates.discard()
             return
-        figures = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
-        culprit = self.updates.first_gradient_not_finite()
-        examples = self.updates.examples_not_finite(indices)
-        self.log.add("diverged", state.step, **figures, parameter=culprit, examples=examples)
+        figures: dict[str, Any] = {"loss": update.loss, "grad_norm": update.norm, "lr": update.rate}
+        found = self.updates.not_finite(indices)
+        examples, processes = found.examples, found.processes
+        places = [] if self.where is None else [self.where(index) for index in examples[:SHOWN_EXAMPLES]]
+        if self.where is not None:
+            figures["where"] = places
+        if self.distributed.world_size > 1:
+            figures["processes"] = processes
+        self.log.add("diverged", state.step, **figures, parameter=found.parameter, examples=examples)
         kept = self.directory.checkpoints()
         raise TrainingDiverged(
             f"step {state.step}: {update}"
-            + (f"; first in the gradient of {culprit}" if culprit else "")
-            + f"; in the batch of training examples {listed(examples)}"
+            + (f"; first in the gradient of {found.parameter}" if found.parameter else "")
+            + f"; in the batch of training examples {listed(examples, places)}"
+            + (
+                f"; of process {', '.join(map(str, processes))}"
+                if "processes" in figures and processes
+                else ""
+            )
             + (f"; the newest checkpoint is {kept[-1]}" if kept else "; there is no checkpoint yet")
             + "; try a lower lr or more warmup_steps"
         )
@@ -433,8 +452,13 @@ class Trainer:
         self.display.step(self._progress(), {"step": step, **self._shown})
         if self.dev_data is not None and config.eval_every and step % config.eval_every == 0:
             self._evaluate_and_keep()
-        if config.save_every and step % config.save_every == 0:
+        if (config.save_every and step % config.save_every == 0) or self._saves_by_time():
             self._save()
+
+    def _saves_by_time(self) -> bool:
+        """Whether the time for a checkpoint has come, by the first process's clock; the same on all processes."""
+        every, since = self.config.save_seconds, self._saved_at
+        return every is not None and since is not None and self.state.seconds - since >= every
 
     def _finish(self, *, evaluate: bool) -> Path:
         """Final evaluation and saving; an interrupted run only saves, and evaluates when it is resumed."""
@@ -517,4 +541,5 @@ class Trainer:
             raise
         if self.dev_data is None:
             self._save_model()
+        self._saved_at = None
         return final

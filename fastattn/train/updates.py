@@ -14,7 +14,7 @@ from fastattn.train.batches import Batch
 from fastattn.train.config import TrainConfig
 from fastattn.train.in_backward import UpdatesInBackward
 from fastattn.train.objective import Objective
-from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate
+from fastattn.train.optim import build_optimizer, learning_rate, set_learning_rate, warmup_of
 
 SHOWN_EXAMPLES = 16  # of a batch, in a message
 
@@ -37,6 +37,21 @@ class Update:
         return f"loss {self.loss:.4g}, gradient norm {self.norm:.4g}, lr {self.rate:.3g}"
 
 
+@dataclass(frozen=True)
+class NotFinite:
+    """What held an inf or NaN in a step that was not taken, of all processes.
+
+    Attributes:
+        parameter: the first one whose gradient did; None where the losses alone did.
+        processes: those with a micro-batch whose loss is not finite.
+        examples: of these micro-batches, or of all of the step if every loss is finite.
+    """
+
+    parameter: str | None
+    processes: list[int]
+    examples: list[int]
+
+
 class Updates:
     """Updates a model by the gradients of batches.
 
@@ -44,10 +59,14 @@ class Updates:
         model: its trainable parameters are updated.
         config: the optimiser's options.
         objective: computes the gradient of a step's loss.
+        max_steps: the run's steps, None where time alone ends it.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, objective: Objective) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, objective: Objective, max_steps: int | None
+    ) -> None:
         self.config = config
+        self._warmup = warmup_of(config.warmup_steps, max_steps)
         self.objective = objective
         self.optimizer = build_optimizer(
             model,
@@ -71,10 +90,11 @@ class Updates:
             step,
             progress,
             lr=config.lr,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=self._warmup[0],
             min_lr_ratio=config.min_lr_ratio,
             schedule=config.schedule,
             decay_ratio=config.decay_ratio,
+            longest_warmup=self._warmup[1],
         )
         set_learning_rate(self.optimizer, rate, (config.muon_lr or config.lr) / config.lr)
         if self._in_backward is not None:
@@ -109,18 +129,34 @@ class Updates:
         self.objective.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def first_gradient_not_finite(self) -> str | None:
-        """The name of the first parameter whose gradient held an inf or NaN in a step that was not taken."""
+    def not_finite(self, indices: Sequence[Sequence[int]]) -> NotFinite:
+        """What was not finite in a step that was not taken; all processes call it together and get the same.
+
+        Args:
+            indices: the examples of this process's micro-batches.
+        """
+        found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
+        distributed = self.objective.distributed
+        reports = distributed.broadcast(
+            distributed.gather((self._first_gradient_not_finite(), found, indices))
+        )
+        # each process has its own part of a sharded gradient
+        names = {name for name, _, _ in reports if name is not None}
+        first = next((name for name, _ in self.objective.model.named_parameters() if name in names), None)
+        processes = [rank for rank, (_, bad, _) in enumerate(reports) if bad]
+        batches = [batch for _, bad, of_all in reports for batch in (bad if processes else of_all)]
+        return NotFinite(first, processes, [index for batch in batches for index in batch])
+
+    def _first_gradient_not_finite(self) -> str | None:
         if self._in_backward is not None:
             return self._in_backward.first_gradient_not_finite()
         return self.objective.first_gradient_not_finite()
 
-    def examples_not_finite(self, indices: Sequence[Sequence[int]]) -> list[int]:
-        """The examples of the micro-batches whose loss is not finite; of all micro-batches if every loss is finite."""
-        found = [i for i, loss in zip(indices, self.objective.losses) if not torch.isfinite(loss)]
-        return [index for batch in found or indices for index in batch]
 
-
-def listed(examples: Sequence[int]) -> str:
-    """The first of these examples, as text."""
-    return ", ".join(map(str, examples[:SHOWN_EXAMPLES])) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")
+def listed(examples: Sequence[int], places: Sequence[str] = ()) -> str:
+    """The first of these examples, as text, each with its place where those are known."""
+    shown = [
+        f"{each} ({places[number]})" if places else str(each)
+        for number, each in enumerate(examples[:SHOWN_EXAMPLES])
+    ]
+    return ", ".join(shown) + (" ..." if len(examples) > SHOWN_EXAMPLES else "")

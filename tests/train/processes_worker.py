@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_lm import make_blocks, make_data
 
 from fastattn.constants import IGNORE_INDEX
+from fastattn.data.packing import IndexSampler
 from fastattn.models import GPT, GPTConfig
-from fastattn.train import TrainConfig, Trainer
+from fastattn.train import TrainConfig, Trainer, TrainingDiverged
 from fastattn.train.progress import NoDisplay
 from fastattn.train.sharding import own_part
 
@@ -140,6 +142,52 @@ def resumed_with_the_same_bits(folder, sharding, **options):
     return {"steps": [stopped.steps, stopped.interrupted, resumed.steps], "equal": equal, "apart": apart}
 
 
+def saved_by_time(folder, sharding):
+    """Checkpoints by the first process's clock, though others' run faster; they leave the weights as they are."""
+    options = {"sharding": sharding, "dropout": 0.3, "keep_checkpoints": 9}
+    _, found, often = train(folder / "often", save_seconds=1e-9, **options)
+    monotonic = time.monotonic
+    if dist.is_initialized() and dist.get_rank():
+        time.monotonic = lambda: 1e4 * monotonic()
+    try:
+        _, wanted, once = train(folder / "once", save_seconds=1e3, **options)
+    finally:
+        time.monotonic = monotonic
+    apart = max(
+        float((own_part(wanted[n]) - own_part(found[n])).abs().max())
+        for n in wanted
+        if own_part(wanted[n]).numel()
+    )
+    steps = [sorted(p.name for p in trainer.directory.checkpoints()) for trainer in (often, once)]
+    return {"often": steps[0], "once": steps[1], "apart": apart}
+
+
+def diverged(folder, sharding):
+    """The loss of the last process is not finite: all raise the same error, with that one's examples."""
+
+    def poison(trainer):
+        if trainer.state.step == 3 and trainer.distributed.rank == WORLD - 1:
+            loss = trainer.objective.loss
+            trainer.objective.loss = lambda *arguments: loss(*arguments) * float("nan")
+
+    batch_size, accumulate = SHAPES[WORLD]
+    sampler = IndexSampler(75, 0, rank=WORLD - 1, world_size=WORLD)
+    batches = [sampler.next_batch(batch_size) for _ in range(4 * accumulate)]
+    try:
+        train(folder / "diverged", sharding=sharding, on_step=poison)
+    except TrainingDiverged as error:
+        records = (folder / "diverged" / "log.jsonl").read_text().splitlines()
+        (record,) = [r for r in map(json.loads, records) if r["event"] == "diverged"]
+        labelled = [batch for batch in batches[-accumulate:] if any(index % 3 for index in batch)]
+        return {
+            "right": record["examples"] == [index for batch in labelled for index in batch],
+            "processes": record.get("processes"),
+            "named": record["parameter"],
+            "text": str(error),
+        }
+    return {}
+
+
 def gpt(folder, sharding):
     """A model that is saved by its own method: the folder at the end loads without any process group."""
     # A larger eps: the gradient of key biases is zero but for rounding, and a small one would make steps of it.
@@ -201,6 +249,8 @@ def main(folder, sizes):
         report[sharding] = whole_run(place, sharding)
         report[sharding]["early"] = early_stop(place, sharding)
         report[sharding]["resumed"] = resumed_with_the_same_bits(place, sharding, loader_workers=WORLD % 4)
+        report[sharding]["timed"] = saved_by_time(place, sharding)
+        report[sharding]["diverged"] = diverged(place, sharding)
         gpt(place, sharding)
     train(folder / "start", sharding="fsdp", max_steps=4, schedule="constant")
     report["damaged"] = damaged(folder)

@@ -85,6 +85,20 @@ def test_all_processes_stop_alike_and_resume_bit_by_bit(runs, count, sharding):
         resumed["apart"] <= EXACT["atol"]
     )  # DDP orders its buckets anew after its first step, and so sums of more
     assert report["early"] == 4
+    assert report["timed"]["often"] == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert report["timed"]["once"] == ["checkpoint-8"]
+    assert report["timed"]["apart"] <= EXACT["atol"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_loss_that_is_not_finite_is_named_with_its_process(runs, count, sharding):
+    found = runs[count][0][sharding]["diverged"]
+    assert found["right"]
+    assert found["processes"] == (None if count == 1 else [count - 1])
+    assert found["named"] == "embed.weight"
+    assert (f"; of process {count - 1};" in found["text"]) == (count > 1)
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from tiny_lm import make_blocks, make_model
 from torch import nn
 
 from fastattn import torch_compat
-from fastattn.train.optim import build_optimizer, hidden_matrices, learning_rate, set_learning_rate
+from fastattn.train.optim import (
+    build_optimizer,
+    hidden_matrices,
+    learning_rate,
+    set_learning_rate,
+    warmup_of,
+)
 
 
 def test_only_matrices_decay_and_tied_or_frozen_ones_are_not_doubled_or_touched():
@@ -65,6 +72,30 @@ def test_edges():
     assert rate(0, warmup_steps=1) == pytest.approx(2.0)
     assert learning_rate(5, 1.5, lr=1.0, warmup_steps=0, min_lr_ratio=0.0) == pytest.approx(0.0)
     assert rate(3, total=3, warmup_steps=5) == pytest.approx(2.0 * 4 / 5)
+
+
+@pytest.mark.parametrize(("given", "share"), [(None, 0.1), (20, 0.02), (5000, 0.5), (100000, 0.5)])
+def test_a_run_that_time_ends_has_the_whole_schedule(given, share):
+    """A thousand steps fit, which nobody knew: the rate rises over a share of the time, and then decays to the end."""
+    steps, longest = warmup_of(given, None)
+    rates = [
+        learning_rate(step, step / 1000, lr=2.0, warmup_steps=steps, min_lr_ratio=0.1, longest_warmup=longest)
+        for step in range(1001)
+    ]
+    peak = round(1000 * share)
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak] == max(rates) == pytest.approx(2.0)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[round(peak + (1000 - peak) / 2)] == pytest.approx(1.1, abs=5e-3)
+    assert (
+        max(abs(a - b) for a, b in pairwise(rates)) <= max(2.0 / peak, 0.9 * math.pi / (1000 - peak)) + 1e-9
+    )
+
+
+def test_a_run_of_known_steps_has_its_warmup_in_steps():
+    assert warmup_of(None, 240) == (24, math.inf)
+    assert warmup_of(300, 240) == (300, math.inf)
 
 
 @pytest.mark.parametrize("decay_ratio", [0.1, 0.5, 1.0])

@@ -195,13 +195,34 @@ def test_a_run_that_diverges_names_the_batch(make_trainer):
             bad = (input_ids == data[poisoned]["input_ids"]).all(-1).any()
             return SimpleNamespace(loss=loss * float("nan") if bad else loss)
 
-    trainer = make_trainer(model=Poisoned(), train=data, batch_size=2, accumulate=3, max_steps=100)
+    keywords = {"where": lambda index: f"data.txt: line {index + 1}"}
+    options = {"batch_size": 2, "accumulate": 3, "max_steps": 100, "keywords": keywords}
+    trainer = make_trainer(model=Poisoned(), train=data, **options)
     with pytest.raises(TrainingDiverged, match="in the batch of training examples") as caught:
         trainer.fit()
     (record,) = [r for r in trainer.log.records if r["event"] == "diverged"]
     assert poisoned in record["examples"]
     assert len(record["examples"]) == 2
-    assert ", ".join(map(str, record["examples"])) in str(caught.value)
+    assert record["where"] == [f"data.txt: line {each + 1}" for each in record["examples"]]
+    named = [f"{each} ({place})" for each, place in zip(record["examples"], record["where"])]
+    assert ", ".join(named) in str(caught.value)
+
+
+def test_a_process_whose_loss_is_not_finite_is_named_with_its_examples_alone(make_trainer):
+    """As the reports of two processes come together on the first, whose own losses and part of gradients are finite."""
+    trainer = make_trainer(model=make_blocks())
+    names = [name for name, _ in trainer.model.named_parameters()]
+    trainer.objective.losses = [torch.tensor(1.0), torch.tensor(2.0)]
+    others = (names[3], [[8, 9]], [[6, 7], [8, 9]])
+    trainer.distributed.gather = lambda own: [own, others]
+    found = trainer.updates.not_finite([[0, 1], [2, 3]])
+    assert (found.parameter, found.processes, found.examples) == (names[3], [1], [8, 9])
+    for own, other, first in ((4, 2, 2), (2, 4, 2), (None, None, None)):
+        reports = [(n and names[n], [], [[4 * rank]]) for rank, n in enumerate((own, other))]
+        trainer.distributed.gather = lambda _, reports=reports: reports
+        found = trainer.updates.not_finite([[0]])
+        assert (found.parameter, found.processes) == (first and names[first], [])
+        assert found.examples == [0, 4]  # any of them may be the reason of a gradient
 
 
 def fake_tracker(monkeypatch, name):

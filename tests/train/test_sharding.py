@@ -51,5 +51,6 @@ def test_at_another_number_of_processes_a_step_needs_the_same_rows(make_trainer,
     result = trainer(max_steps=4, batch_size=2, accumulate=2).fit()
     assert result.steps == 4
     warned = [record["text"] for record in result.log if record["event"] == "warning"]
-    assert len(warned) == 1
-    assert "2 process(es), this run has 1" in warned[0]
+    assert len(warned) == 2
+    assert "max_steps: " in warned[0]
+    assert "2 process(es), this run has 1" in warned[1]

@@ -10,7 +10,8 @@ import pytest
 
 from fastattn.tasks.training import learning_rate
 from fastattn.train import TrainConfig
-from fastattn.train.run import TASKS, WARMUP
+from fastattn.train.optim import WARMUP
+from fastattn.train.run import TASKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 HEAD = re.search(r"^\| task \| (`max_epochs` .*) \|$", PAGE, re.MULTILINE)
@@ -50,5 +51,5 @@ def test_the_rate_by_width_and_the_warmup_are_those_of_the_page() -> None:
     assert [f"{learning_rate(width):.0e}" for width in (384, 768)] == ["2e-04", "5e-05"]
     assert learning_rate(384) == 30 / 384**2
     assert learning_rate(16) == 3e-4
-    assert "a warmup over a tenth of the steps" in text
+    assert "a warmup over a tenth of the steps, or of the time where time alone ends the run" in text
     assert WARMUP == 0.1

@@ -479,11 +479,21 @@ def test_bad_input_is_named_in_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_patience_counts_the_evaluations_of_epochs(encoder: Path, tmp_path: Path) -> None:
+def test_patience_counts_the_evaluations_of_epochs_and_of_shorter_runs(encoder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", rows("classify"))
     given = work.Inputs("classify", (str(data),), (str(data),), str(encoder), str(tmp_path / "out"))
     config = work.prepare(dataclasses.replace(given, overrides=("--train.patience=2",))).sections.train
     assert (config.patience, config.eval_every, config.save_every) == (2, 2, 2)
+    for limit, every in (
+        ("max_epochs=1", 3),  # of at most one epoch: five in the run
+        ("max_steps=9", 2),
+        ("max_steps=2", 1),
+        ("max_epochs=2", 12),
+        ("max_seconds=60", 12),
+    ):
+        words = (f"--train.{limit}", "--train.batch_size=2")
+        config = work.prepare(dataclasses.replace(given, overrides=words)).sections.train
+        assert (config.eval_every, config.save_every) == (every, every), limit
     with pytest.raises(work.ConfigError, match=r"^patience: needs eval_every"):
         work.prepare(dataclasses.replace(given, overrides=("--train.patience=2", "--train.eval_every=none")))
 

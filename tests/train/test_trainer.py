@@ -4,8 +4,10 @@ import json
 import math
 import os
 import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +15,7 @@ from tiny_lm import VOCAB, make_data, make_model
 from torch import nn
 
 from fastattn.constants import IGNORE_INDEX
+from fastattn.data import BestFitDataset
 from fastattn.train import ConfigError
 
 
@@ -142,6 +145,34 @@ def test_evaluation_can_be_cut_short_and_needs_data(make_trainer):
         trainer.evaluate(unlabelled)
 
 
+def test_an_evaluation_of_some_batches_is_of_rows_from_all_of_the_data(make_trainer):
+    """Packed rows begin with the longest documents: their first batches alone would be another set."""
+    documents = [[1 + number % 20] * (30 - number // 2) for number in range(60)]
+    tokens = np.concatenate([np.asarray(each, np.int64) for each in documents])
+    ends = np.cumsum([len(each) for each in documents])
+    rows = BestFitDataset(tokens, np.stack((np.append(0, ends[:-1]), ends), 1), 31)
+    seen = []
+
+    class Watched:
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return {name: rows[index][name] for name in ("input_ids", "labels")}
+
+    trainer = make_trainer(eval_batches=2, batch_size=4)
+    some = trainer.evaluate(Watched())
+    assert len(seen) == 8
+    assert seen == sorted(set(seen))
+    gaps = {b - a for a, b in pairwise([*seen, len(rows) + seen[0]])}
+    assert max(gaps) - min(gaps) <= 1
+    assert trainer.evaluate(Watched()) == some
+    seen.clear()
+    make_trainer(eval_batches=99, batch_size=4, out="all").evaluate(Watched())
+    assert seen == list(range(len(rows)))
+
+
 def test_the_best_model_is_kept_at_the_top(make_trainer):
     trainer = make_trainer(dev=make_data(seed=1), max_steps=12, eval_every=4, lr=3.0, warmup_steps=0)
     result = trainer.fit()
@@ -182,6 +213,29 @@ def test_a_slow_machine_passes_through_the_whole_schedule(make_trainer, monkeypa
     assert rates[1] > 0.98
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] < 0.16
+
+
+@pytest.mark.parametrize("warmup_steps", [None, 5000])
+def test_a_run_that_time_alone_ends_decays_whatever_its_warmup(make_trainer, monkeypatch, warmup_steps):
+    """Forty steps fit; a warmup by their number is not over by then."""
+    now = [0.0]
+    monkeypatch.setattr("fastattn.train.trainer.time.monotonic", lambda: now[0])
+    tick = {"on_record": lambda record: now.__setitem__(0, now[0] + 1.0)}
+    options = {
+        "max_steps": None,
+        "max_seconds": 40.0,
+        "warmup_steps": warmup_steps,
+        "log_every": 1,
+        "lr": 1.0,
+    }
+    result = make_trainer(grad_clip=1e-3, min_lr_ratio=0.1, keywords=tick, **options).fit()
+    rates = [r["lr"] for r in result.log if r["event"] == "train"]
+    peak = 4 if warmup_steps is None else 20
+    assert len(rates) == 40
+    assert rates[peak] == max(rates) == pytest.approx(1.0)
+    assert rates[:peak] == pytest.approx([step / peak for step in range(peak)], abs=1e-3)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.11
 
 
 def test_early_stopping(make_trainer):
