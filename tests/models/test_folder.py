@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from decoder_families import GPT2_SIZES, SIZES
 from small_models import make_gpt
 
 from fastattn.models import GPT, load
-from fastattn.models.checkpoint import resolve_folder
+from fastattn.models.checkpoint import DECODERS, resolve_folder
 from fastattn.models.checkpoint.hub import push_folder
 from fastattn.models.checkpoint.load import dtype_of, float_dtype
 
@@ -234,6 +235,42 @@ def test_left_out_tensors_are_logged(folder, caplog):
         model = GPT.from_pretrained(folder)
     assert set(model.load_report.dropped) == set(extra)
     assert all(name in caplog.text for name in extra)
+
+
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+@pytest.mark.parametrize("ending", OTHER_HEADS)
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"])
+def test_heads_of_other_classes_are_left_out(kind, ending, tmp_path):
+    """Folders of transformers' classifiers over decoders, some of which name their trunk otherwise."""
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, kind + ending, None)
+    if cls is None:
+        pytest.skip("transformers has no such class")
+    sizes = {**SIZES, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    config = getattr(transformers, f"{kind}Config")
+    theirs = cls._from_config(config(**(GPT2_SIZES if kind == "GPT2" else sizes)))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="architectures: no class of fastattn is"):
+        report = load(tmp_path).load_report
+    heads = {n for n, _ in theirs.named_parameters() if n.startswith(("score.", "classifier.", "qa_outputs."))}
+    assert heads
+    assert (set(report.dropped), report.new) == (heads, ())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_untied_trunk_is_refused_for_want_of_a_head(kind, tmp_path):
+    family = next(each for each in DECODERS if each.model_type == kind)
+    sizes = {**(GPT2_SIZES if kind == "gpt2" else SIZES), "tie_word_embeddings": False}
+    GPT(family.read_config(sizes)).save_pretrained(tmp_path)
+    tensors = weights(tmp_path)
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    message = r"missing: lm_head\.weight; it has no output head, new=\['lm_head\.weight'\] initialises one$"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    assert GPT.from_pretrained(tmp_path, new=["lm_head.weight"]).load_report.new == ("lm_head.weight",)
 
 
 class FakeHub:
