@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models.checkpoint.families import family_for
-from fastattn.models.checkpoint.folder import open_tensors, read_json
+from fastattn.models.checkpoint.folder import ADAPTER_CONFIG as ADAPTER_CONFIG
+from fastattn.models.checkpoint.folder import ADAPTER_PICKLED, open_tensors, read_json
+from fastattn.models.checkpoint.folder import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.pretrained import Pretrained
@@ -21,8 +23,6 @@ from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.models.lora import Block, adapters_of, add_adapters, blocks_of
 from fastattn.models.lora_layers import check_not_quantized
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS, ADAPTER_PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 Model = TypeVar("Model", bound=nn.Module)
 
 _FRONT = "base_model.model."

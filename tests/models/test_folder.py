@@ -323,21 +323,53 @@ def test_push_to_hub(folder, monkeypatch):
             push_folder(folder, wrong)
 
 
-def test_ids_of_the_hub_and_files_asked_for(folder, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
-    (folder / "pytorch_model.bin").write_bytes(b"")
+MODEL, OTHER = '{"model_type": "gpt2"}', "{}"
+REPOSITORIES = {  # files, and those of them that are left alone
+    "safetensors": (
+        {"config.json": MODEL, "model.safetensors": "", "pytorch_model.bin": "", "tf_model.h5": ""},
+        {"pytorch_model.bin", "tf_model.h5"},
+    ),
+    "pickled": ({"config.json": MODEL, "pytorch_model.bin": "", "training_args.bin": ""}, {"training_args.bin"}),
+    "adapter": ({"adapter_config.json": OTHER, "adapter_model.safetensors": "", "adapter_model.bin": ""},
+                {"adapter_model.bin"}),
+    "pickled adapter": ({"adapter_config.json": OTHER, "adapter_model.bin": "", "optimizer.bin": ""},
+                        {"optimizer.bin"}),
+    "pickled model and adapter": (
+        {"config.json": MODEL, "pytorch_model.bin": "", "adapter_config.json": OTHER, "adapter_model.safetensors": ""},
+        set(),
+    ),
+    "sentence-transformers": (
+        {"modules.json": "[]", "0_Transformer/config.json": MODEL, "0_Transformer/pytorch_model.bin": "",
+         "1_Pooling/config.json": OTHER, "1_Pooling/pytorch_model.bin": ""},
+        {"1_Pooling/pytorch_model.bin"},
+    ),
+    "other formats": (
+        {"config.json": MODEL, "model.safetensors": "", "consolidated.safetensors": "", "params.json": OTHER,
+         "original/consolidated.00.pth": "", "original/model.safetensors": "", "onnx/config.json": MODEL},
+        {"consolidated.safetensors", "original/consolidated.00.pth", "original/model.safetensors", "onnx/config.json"},
+    ),
+}  # fmt: skip
 
-    def snapshot_download(repo, allow_patterns):
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_files_of_a_hub_repository_that_are_fetched(kind, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    files, left = REPOSITORIES[kind]
+    asked = []
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns):
         asked.append(allow_patterns)
-        return str(folder)
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in hub.utils.filter_repo_objects(files, **patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(files[name])
+        return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert resolve_folder("someone/model") == folder
-    assert len(asked) == 1
-    (folder / "model.safetensors").rename(folder / "hidden")
-    resolve_folder("someone/model")  # without safetensors the pickles are fetched
-    assert any("bin" in pattern for pattern in asked[-1])
+    assert resolve_folder("someone/model") == tmp_path
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert fetched == files.keys() - left
+    assert len(asked) == (2 if any(name.endswith(".bin") for name in fetched) else 1)
 
 
 def test_offline_errors_name_the_id(monkeypatch, tmp_path):
