@@ -155,6 +155,7 @@ def continuations(
     from fastattn.generation.protocol import GenerationError
     from fastattn.generation.stopping import special_tokens
     from fastattn.generation.streaming import behind_source
+    from fastattn.generation.text import Detokenizer
 
     written = tokenizer if written is None else written
     device = next(model.parameters()).device
@@ -178,9 +179,10 @@ def continuations(
             raise InputError(str(error)) from None
         try:
             if beams:
-                pieces = iter(
-                    [written.decode(model.generate(ids, **arguments)[0, start.shape[1] :].tolist())]
-                )
+                made = model.generate(ids, **arguments)[0, start.shape[1] :].tolist()
+                # behind the prompt, as some decoders take the space off a text's first token
+                text = Detokenizer(written, start[0].tolist())
+                pieces = iter(["".join(map(text.push, made))])
             for piece in pieces:
                 yield number, piece
         except GenerationError as error:

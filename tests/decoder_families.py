@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GPT2_SIZES = {
+GPT2_SIZES = {
     "vocab_size": VOCAB,
     "n_embd": 32,
     "n_layer": 3,
@@ -79,7 +79,7 @@ def make_theirs(name: str) -> Any:
     import transformers
 
     kind, options = FAMILIES[name]
-    sizes = _GPT2_SIZES if kind == "GPT2" else SIZES
+    sizes = GPT2_SIZES if kind == "GPT2" else SIZES
     config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
     head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     torch.manual_seed(sorted(FAMILIES).index(name))

@@ -49,8 +49,10 @@ def beam_search(model: CausalLM, prompt: Tensor, mask: Tensor | None, options: S
         mask: (P, S) bool, True = a real token; None = all are.
     """
     prompts, beams, room, device = len(prompt), options.num_beams, options.max_new_tokens, prompt.device
-    end_ids, pad = special_tokens(model, options.eos_token_id, options.pad_token_id)
     copies = options.num_return_sequences
+    end_ids, pad = special_tokens(
+        model, options.eos_token_id, options.pad_token_id, several=prompts * copies > 1
+    )
     if room == 0 or prompts == 0:
         return prompt.repeat_interleave(copies, 0)
     ends = torch.tensor(end_ids, dtype=torch.int64, device=device)

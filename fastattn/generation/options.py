@@ -194,8 +194,13 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
             )
     named = {name: config[name] for name in HONOURED if config.get(name) is not None}
     longest = config.get("max_length")
-    if "max_new_tokens" not in named and longest is not None and is_integer(longest):
-        named["max_new_tokens"] = max(int(longest) - prompt_len, 0)
+    if "max_new_tokens" not in named and options.max_new_tokens is None and is_integer(longest):
+        if longest <= prompt_len:
+            raise ValueError(
+                f"generation_config: max_length: got {longest}, needs more than the {prompt_len} tokens of the prompt; "
+                f"max_new_tokens comes before it"
+            )
+        named["max_new_tokens"] = int(longest) - prompt_len
     sampling = options.do_sample if options.do_sample is not None else named.get("do_sample", False)
     beams = options.num_beams if options.num_beams is not None else named.get("num_beams", 1)
     for names, used in (

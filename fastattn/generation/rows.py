@@ -51,10 +51,10 @@ class Rows:
     ) -> None:
         """prompt: (R, S), a row for each continuation; with_text: make the text, also without stop strings."""
         by_text = bool(options.stop_strings)
-        several = by_text and len(prompt) > 1
         ends, self.pad = special_tokens(
-            model, options.eos_token_id, options.pad_token_id, several, options.stop_ids
-        )
+            model, options.eos_token_id, options.pad_token_id, by_text, options.stop_ids,
+            several=len(prompt) > 1,
+        )  # fmt: skip
         texts: list[RowText | None] = [None] * len(prompt)
         if by_text or with_text:
             assert options.tokenizer is not None

@@ -19,14 +19,19 @@ def special_tokens(
     pad_token_id: int | None,
     by_text: bool = False,
     stop_ids: Sequence[int] = (),
+    *,
+    several: bool = False,
 ) -> tuple[list[int], int]:
-    """End tokens and the padding token. by_text: rows of a batch may end at a string, and so need padding.
-
-    stop_ids: further tokens that end a row; those beyond the vocabulary are ignored.
+    """End tokens and the padding token.
 
     Ids that are None are taken from the model's generation_config, else from its config. Given ids must be in the
     vocabulary. Configs may name ids beyond it, as small models with GPT-2's defaults do: such an end token is ignored,
     and such a padding token is refused if a row could need it.
+
+    Args:
+        by_text: rows may end at a string.
+        stop_ids: further tokens that end a row; those beyond the vocabulary are ignored.
+        several: there is more than one row, so that one that ends early is padded.
     """
     size, config_pad = model.config.vocab_size, _default(model, "pad_token_id")
     if eos_token_id is None:
@@ -43,14 +48,14 @@ def special_tokens(
         ends = [_token_id("eos_token_id", token, size) for token in given]
     if pad_token_id is not None:
         pad = _token_id("pad_token_id", pad_token_id, size)
-    elif config_pad is not None and (ends or by_text):
+    elif config_pad is not None and several and (ends or by_text):
         pad = _token_id("pad_token_id of the config", config_pad, size)
-    elif by_text and not ends:
+    elif several and by_text and not ends:
         raise ValueError(
             "pad_token_id: got None, and the config has none; rows that end at a string need one"
         )
     else:
-        pad = ends[0] if ends else 0  # without an end token no row is finished early
+        pad = ends[0] if ends else 0  # no row needs it: without an end token none is finished early
     return [*ends, *(token for token in stop_ids if token < size and token not in ends)], pad
 
 

@@ -10,6 +10,7 @@ from fastattn.models import fields as checks
 from fastattn.models.config import FULL, LAYER_TYPES, SLIDING
 from fastattn.models.presets import ENCODERS, FAMILY_FIELDS
 from fastattn.nn.blocks import ACTIVATIONS
+from fastattn.ops.arguments import is_integer
 from fastattn.spec import MAX_HEAD_DIM
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -181,14 +182,17 @@ class BertConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> BertConfig:
-        """A row of `fastattn.models.presets.ENCODERS`, with some fields changed.
+        """A row of `fastattn.models.presets.ENCODERS`, with some fields changed; fewer layers are its first ones.
 
         Raises:
             ValueError: there is no such row, or a field does not fit. TypeError: the config has no field of that name.
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: got {name!r}, needs one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        row = PRESETS[name]
+        if "layer_types" in row and is_integer(changes.get("num_hidden_layers")):
+            row = {**row, "layer_types": row["layer_types"][: max(int(changes["num_hidden_layers"]), 0)]}
+        return cls(**{**row, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain types."""

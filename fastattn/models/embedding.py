@@ -79,6 +79,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         self.lower_case = False  # whether `encode` puts texts into lower case first
         self.prompts: dict[str, str] = {}  # by name, what `encode` may put in front of texts
         self.default_prompt_name: str | None = None
+        self._settings: dict[str, dict[str, Any]] = {}  # entries of the folder's files that are only written again
         self._tokenizer: Any = None
 
     def forward(
@@ -208,6 +209,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         model.normalize = layout.normalize if normalize is None else normalize
         model.max_seq_length, model.lower_case = layout.max_seq_length, layout.lower_case
         model.prompts, model.default_prompt_name = layout.prompts, layout.default_prompt_name
+        model._settings = layout.settings
         return model
 
     def extra_files(self) -> Mapping[str, bytes]:
@@ -226,8 +228,11 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         settings = {"max_seq_length": self.max_seq_length, "do_lower_case": self.lower_case}
         prompts = {"prompts": self.prompts, "default_prompt_name": self.default_prompt_name}
         entries: dict[str, Any] = {
-            MODULES: modules, SETTINGS: settings, PROMPTS: prompts, "1_Pooling/config.json": pooling,
-        }  # fmt: skip
+            MODULES: modules,
+            SETTINGS: {**self._settings.get(SETTINGS, {}), **settings},
+            PROMPTS: {**self._settings.get(PROMPTS, {}), **prompts},
+            "1_Pooling/config.json": pooling,
+        }
         if self.normalize:
             entries["2_Normalize/config.json"] = {}
         return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in entries.items()}
@@ -263,6 +268,7 @@ class _Layout(NamedTuple):
     lower_case: bool = False
     prompts: dict[str, str] = {}  # noqa: RUF012
     default_prompt_name: str | None = None
+    settings: dict[str, dict[str, Any]] = {}  # noqa: RUF012, by file
 
 
 _POOLING_KEYS = {
@@ -309,6 +315,7 @@ def _read_layout(folder: Path) -> _Layout:
         bool(settings.get("do_lower_case", False)),
         prompts.get("prompts") or {},
         prompts.get("default_prompt_name"),
+        {SETTINGS: settings, PROMPTS: prompts},
     )
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.models.checkpoint.families import family_for
-from fastattn.models.checkpoint.folder import open_tensors, read_json
+from fastattn.models.checkpoint.folder import ADAPTER_CONFIG as ADAPTER_CONFIG
+from fastattn.models.checkpoint.folder import ADAPTER_PICKLED, open_tensors, read_json
+from fastattn.models.checkpoint.folder import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.names import Family
 from fastattn.models.checkpoint.pretrained import Pretrained
@@ -21,8 +23,6 @@ from fastattn.models.checkpoint.swap import naming, write_folder
 from fastattn.models.lora import Block, adapters_of, add_adapters, blocks_of
 from fastattn.models.lora_layers import check_not_quantized
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS, ADAPTER_PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 Model = TypeVar("Model", bound=nn.Module)
 
 _FRONT = "base_model.model."
@@ -192,14 +192,14 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 def _read_options(config: dict[str, Any]) -> tuple[int, float, float, bool]:
     """r, alpha, dropout, rslora; ValueError names an option that is not supported.
 
-    An unknown option that is null is not set: newer versions of PEFT write more of those.
+    An unknown option that is null, false or empty is not set: newer versions of PEFT write more of those.
     """
     wrong = []
     for key, value in config.items():
         if key in _FIXED:
             if not any(value == known and type(value) is type(known) for known in _FIXED[key]):
                 wrong.append(f"{key}: got {value!r}, only {_FIXED[key][0]!r} is supported")
-        elif value is not None and key not in (*_HONOURED, *_IGNORED):
+        elif not _is_unset(value) and key not in (*_HONOURED, *_IGNORED):
             wrong.append(f"{key}: got {value!r}, which is no option of LoRA that is known here")
     if "peft_type" not in config:
         wrong.append("peft_type: missing, needs 'LORA'")
@@ -219,6 +219,10 @@ def _read_options(config: dict[str, Any]) -> tuple[int, float, float, bool]:
     if wrong:
         raise ValueError("; ".join(wrong))
     return r, alpha, dropout, rslora
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False or value in ([], {})
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -1,19 +1,22 @@
-"""Linear layers whose inference multiplies weights and activations of 8 bits."""
+"""Linear layers that multiply weights and activations of 8 bits in eval mode."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn.linear import Linear
+from fastattn.nn.linear import Linear, without_transforms
 from fastattn.nn.rows import forget, rows_of
 
 
 class Int8Linear(Linear):
-    """A linear layer that multiplies 8-bit numbers where nothing needs a gradient, see `Int8Rows`.
+    """A linear layer that multiplies 8-bit numbers in eval mode, see `Int8Rows`.
 
-    Its weight stays as it is, for gradients and for saving; the rounded copy is made at the first use and again where
-    the weight has changed.
+    Its weight stays as it is, for training and for saving; the rounded copy is made at the first use and again where
+    the weight has changed. Gradients in eval mode are those of the product without rounding. In training mode, under
+    torch.compile and in torch.func's transforms the product itself is not rounded either.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -21,12 +24,33 @@ class Int8Linear(Linear):
         if (
             self.training
             or torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad))
+            or not without_transforms(input, self.weight)
         ):
             return super().forward(input)
         rows = input.reshape(-1, self.in_features)
-        out = rows_of(self.weight, self.bias, "int8")(rows)
+        # a loaded model's parameters require gradients, whether or not its caller wants any
+        out: Tensor = (
+            _Rounded.apply(rows, self.weight, self.bias)
+            if torch.is_grad_enabled()
+            else rows_of(self.weight, self.bias, "int8")(rows)
+        )
         return out.view(*input.shape[:-1], self.out_features)
+
+
+class _Rounded(torch.autograd.Function):
+    """The product of 8-bit numbers, with the gradients of x @ weight.T + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return rows_of(weight, bias, "int8")(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dout @ weight.to(dout.dtype) if ctx.needs_input_grad[0] else None
+        dweight = (dout.mT @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dout.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
 
 
 def check_kind(name: str, kind: str | None) -> None:

@@ -339,7 +339,7 @@ def decode(labels: Sequence[tuple[str, float]], row: Row, text: str) -> list[dic
     for entity, each in zip(entities, scores):
         entity["start"], entity["end"] = trimmed(text, entity["start"], entity["end"])
         entity |= {"score": sum(each) / len(each), "text": text[entity["start"] : entity["end"]]}
-    return entities
+    return [entity for entity in entities if entity["text"]]  # a token may be white space alone
 
 
 def predict(

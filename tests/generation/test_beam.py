@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 from generation_cases import make, prompts, theirs_and_ours
+from typer.testing import CliRunner
+
+from fastattn import cli
+from fastattn.models import GPT
 
 pytest.importorskip("transformers")
 
@@ -80,3 +90,22 @@ def test_beams_go_through_the_modules_of_a_changed_model() -> None:
     ours.ln_f.register_forward_hook(lambda *args: seen.append(1))
     assert torch.equal(ours.generate(ids, mask, **options), expected)
     assert seen
+
+
+def test_beams_keep_the_space_before_the_first_word(tmp_path: Path) -> None:
+    """Metaspace tokenizers, as those of Llama 2 and Mistral, take it off the first token of what they decode."""
+    vocabulary = {"<unk>": 0, "</s>": 1, **{f"\N{LOWER ONE EIGHTH BLOCK}{word}": 2 + i for i, word in enumerate("abcd")}}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    core.add_special_tokens(["</s>"])
+    make(vocab_size=len(vocabulary)).save_pretrained(tmp_path)
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    model, ids = GPT.from_pretrained(tmp_path), torch.tensor([core.encode("a b").ids])
+    for beams in (1, 3):
+        words = ["generate", str(tmp_path), "--prompt=a b", "--max-new-tokens=6", f"--num-beams={beams}", "--json"]
+        out = CliRunner().invoke(cli.app, words).stdout
+        made = model.generate(ids, max_new_tokens=6, num_beams=beams)[0].tolist()
+        text = json.loads(out)["continuations"][0]["text"]
+        assert text.startswith(" ")
+        assert f"a b{text}" == core.decode(made)

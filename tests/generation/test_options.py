@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from generation_cases import make, prompts, theirs_and_ours, tokenizer
 
+from fastattn.generation import stream_ids
 from fastattn.generation.options import NOT_COMPUTED, Options
 from fastattn.models import GPT
 from fastattn.models.checkpoint.load import generation_of
@@ -51,6 +52,19 @@ def test_a_config_is_as_good_as_arguments(entries: dict[str, Any], arguments: di
     sampling = {"seed": 0} if arguments.get("do_sample") else {}
     expected = make(torch.float64).generate(IDS, MASK, **arguments, **sampling)
     assert torch.equal(with_config(**entries).generate(IDS, MASK, **sampling), expected)
+
+
+@pytest.mark.parametrize("longest", [0, 3, 6])
+def test_a_prompt_that_fills_max_length_is_refused_as_in_transformers(longest: int) -> None:
+    """Nothing was generated, without notice."""
+    model = with_config(max_length=longest)
+    complaint = rf"^generation_config: max_length: got {longest}, needs more than the 6 tokens of the prompt"
+    for beams in (1, 2):
+        with pytest.raises(ValueError, match=complaint):
+            model.generate(IDS, MASK, num_beams=beams)
+    with pytest.raises(ValueError, match=complaint):
+        stream_ids(model, IDS[:1], MASK[:1])
+    assert model.generate(IDS, MASK, max_new_tokens=2).shape == (2, 8)
 
 
 def test_arguments_come_before_a_config() -> None:

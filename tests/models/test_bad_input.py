@@ -216,8 +216,13 @@ def test_ids_of_a_config_beyond_its_vocabulary_are_never_written() -> None:
     """GPT-2's default ids in a small model end nothing, and do not pad either."""
     model = make(eos_token_id=50256, pad_token_id=50256)
     assert model.generate(PROMPT, max_new_tokens=5).shape == (2, 8)
-    with pytest.raises(ValueError, match="pad_token_id of the config: got 50256, needs 0 to 10"):
-        model.generate(PROMPT, max_new_tokens=5, eos_token_id=3)
+    for rows, options in ((2, {}), (2, {"num_beams": 2}), (1, {"num_beams": 2, "num_return_sequences": 2})):
+        with pytest.raises(ValueError, match="pad_token_id of the config: got 50256, needs 0 to 10"):
+            model.generate(PROMPT[:rows], max_new_tokens=5, eos_token_id=3, **options)
+    for beams in (1, 2):  # one row is not padded
+        options = {"max_new_tokens": 5, "eos_token_id": 3, "num_beams": beams}
+        made = model.generate(PROMPT[:1], **options)
+        assert torch.equal(made, model.generate(PROMPT[:1], **options, pad_token_id=0))
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -106,6 +106,25 @@ def test_folders_of_sentence_transformers_of_both_forms(tmp_path):
     )
 
 
+def test_settings_that_are_not_read_are_written_again(tmp_path):
+    folder_of(tmp_path)
+    others = {
+        "config_sentence_transformers.json": {"similarity_fn_name": "dot", "__version__": {"pytorch": "2.0"}},
+        "sentence_bert_config.json": {"module_output_name": "token_embeddings"},
+    }
+    for name, more in others.items():
+        entries = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**entries, **more}))
+    model = BertForEmbedding.from_pretrained(tmp_path)
+    model.max_seq_length, model.prompts = 7, {"passage": "of "}
+    model.save_pretrained(tmp_path / "again")
+    found = {name: json.loads((tmp_path / "again" / name).read_text()) for name in others}
+    for name, more in others.items():
+        assert more.items() <= found[name].items()
+    assert found["sentence_bert_config.json"]["max_seq_length"] == 7
+    assert found["config_sentence_transformers.json"]["prompts"] == {"passage": "of "}
+
+
 @pytest.mark.parametrize("kind", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
 def test_settings_may_have_the_name_of_an_older_version(kind, tmp_path):
     folder_of(tmp_path)

@@ -311,6 +311,14 @@ def test_bad_configs_are_refused_by_name(changes, message):
         BertConfig.preset("bert-huge")
 
 
+def test_a_preset_with_fewer_layers_has_the_first_ones():
+    full, local = "full_attention", "sliding_attention"
+    few = BertConfig.preset("modernbert-base", num_hidden_layers=5)
+    assert few.kinds_of_layers == (full, local, local, full, local)
+    with pytest.raises(ValueError, match="layer_types: got 22, needs one for each of num_hidden_layers=30"):
+        BertConfig.preset("modernbert-base", num_hidden_layers=30)
+
+
 def test_the_page_lists_every_preset_with_an_example_that_runs():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| (.+?) \| `(Bert.*)` \|$", page, re.MULTILINE)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from decoder_families import GPT2_SIZES, SIZES
 from small_models import make_gpt
 
 from fastattn.models import GPT, load
-from fastattn.models.checkpoint import resolve_folder
+from fastattn.models.checkpoint import DECODERS, resolve_folder
 from fastattn.models.checkpoint.hub import push_folder
 from fastattn.models.checkpoint.load import dtype_of, float_dtype
 
@@ -236,6 +237,42 @@ def test_left_out_tensors_are_logged(folder, caplog):
     assert all(name in caplog.text for name in extra)
 
 
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+@pytest.mark.parametrize("ending", OTHER_HEADS)
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"])
+def test_heads_of_other_classes_are_left_out(kind, ending, tmp_path):
+    """Folders of transformers' classifiers over decoders, some of which name their trunk otherwise."""
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, kind + ending, None)
+    if cls is None:
+        pytest.skip("transformers has no such class")
+    sizes = {**SIZES, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    config = getattr(transformers, f"{kind}Config")
+    theirs = cls._from_config(config(**(GPT2_SIZES if kind == "GPT2" else sizes)))
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="architectures: no class of fastattn is"):
+        report = load(tmp_path).load_report
+    heads = {n for n, _ in theirs.named_parameters() if n.startswith(("score.", "classifier.", "qa_outputs."))}
+    assert heads
+    assert (set(report.dropped), report.new) == (heads, ())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_untied_trunk_is_refused_for_want_of_a_head(kind, tmp_path):
+    family = next(each for each in DECODERS if each.model_type == kind)
+    sizes = {**(GPT2_SIZES if kind == "gpt2" else SIZES), "tie_word_embeddings": False}
+    GPT(family.read_config(sizes)).save_pretrained(tmp_path)
+    tensors = weights(tmp_path)
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    message = r"missing: lm_head\.weight; it has no output head, new=\['lm_head\.weight'\] initialises one$"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    assert GPT.from_pretrained(tmp_path, new=["lm_head.weight"]).load_report.new == ("lm_head.weight",)
+
+
 class FakeHub:
     """What of huggingface_hub.HfApi an upload calls."""
 
@@ -286,21 +323,53 @@ def test_push_to_hub(folder, monkeypatch):
             push_folder(folder, wrong)
 
 
-def test_ids_of_the_hub_and_files_asked_for(folder, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
-    (folder / "pytorch_model.bin").write_bytes(b"")
+MODEL, OTHER = '{"model_type": "gpt2"}', "{}"
+REPOSITORIES = {  # files, and those of them that are left alone
+    "safetensors": (
+        {"config.json": MODEL, "model.safetensors": "", "pytorch_model.bin": "", "tf_model.h5": ""},
+        {"pytorch_model.bin", "tf_model.h5"},
+    ),
+    "pickled": ({"config.json": MODEL, "pytorch_model.bin": "", "training_args.bin": ""}, {"training_args.bin"}),
+    "adapter": ({"adapter_config.json": OTHER, "adapter_model.safetensors": "", "adapter_model.bin": ""},
+                {"adapter_model.bin"}),
+    "pickled adapter": ({"adapter_config.json": OTHER, "adapter_model.bin": "", "optimizer.bin": ""},
+                        {"optimizer.bin"}),
+    "pickled model and adapter": (
+        {"config.json": MODEL, "pytorch_model.bin": "", "adapter_config.json": OTHER, "adapter_model.safetensors": ""},
+        set(),
+    ),
+    "sentence-transformers": (
+        {"modules.json": "[]", "0_Transformer/config.json": MODEL, "0_Transformer/pytorch_model.bin": "",
+         "1_Pooling/config.json": OTHER, "1_Pooling/pytorch_model.bin": ""},
+        {"1_Pooling/pytorch_model.bin"},
+    ),
+    "other formats": (
+        {"config.json": MODEL, "model.safetensors": "", "consolidated.safetensors": "", "params.json": OTHER,
+         "original/consolidated.00.pth": "", "original/model.safetensors": "", "onnx/config.json": MODEL},
+        {"consolidated.safetensors", "original/consolidated.00.pth", "original/model.safetensors", "onnx/config.json"},
+    ),
+}  # fmt: skip
 
-    def snapshot_download(repo, allow_patterns):
+
+@pytest.mark.parametrize("kind", REPOSITORIES)
+def test_files_of_a_hub_repository_that_are_fetched(kind, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    files, left = REPOSITORIES[kind]
+    asked = []
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns):
         asked.append(allow_patterns)
-        return str(folder)
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in hub.utils.filter_repo_objects(files, **patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(files[name])
+        return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert resolve_folder("someone/model") == folder
-    assert len(asked) == 1
-    (folder / "model.safetensors").rename(folder / "hidden")
-    resolve_folder("someone/model")  # without safetensors the pickles are fetched
-    assert any("bin" in pattern for pattern in asked[-1])
+    assert resolve_folder("someone/model") == tmp_path
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert fetched == files.keys() - left
+    assert len(asked) == (2 if any(name.endswith(".bin") for name in fetched) else 1)
 
 
 def test_offline_errors_name_the_id(monkeypatch, tmp_path):

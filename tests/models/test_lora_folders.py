@@ -117,9 +117,10 @@ def test_options_that_are_not_computed_are_refused_by_name(option, tmp_path):
 def test_options_of_newer_versions_that_are_not_set_are_passed_over(tmp_path):
     save_adapter(filled(attach(make("gpt"))), tmp_path)
     expected = run(load_adapter(make("gpt"), tmp_path))
-    change(tmp_path, an_option_to_come=None)
-    assert torch.equal(run(load_adapter(make("gpt"), tmp_path)), expected)
-    for value in (False, 0, {}, "x"):
+    for value in (None, False, [], {}):
+        change(tmp_path, an_option_to_come=value)
+        assert torch.equal(run(load_adapter(make("gpt"), tmp_path)), expected)
+    for value in (True, 0, [1], {"a": None}, "", "x"):
         change(tmp_path, an_option_to_come=value)
         with pytest.raises(ValueError, match=r"an_option_to_come: got .*, which is no option of LoRA"):
             load_adapter(make("gpt"), tmp_path)

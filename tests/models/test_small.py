@@ -74,18 +74,25 @@ def test_8_bit_products_are_within_their_bound_and_of_each_row_alone(count, dtyp
     assert bool(((out.double() - exact).abs() <= bound).all())
 
 
-def test_8_bit_layers_are_for_inference_only():
+def test_8_bit_layers_round_in_eval_mode_only():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"0": Linear(48, 40), "head": Linear(48, 40)})
-    layer, x = model["0"], torch.randn(3, 5, 48)
+    layer, x = model["0"], torch.randn(3, 5, 48, requires_grad=True)
     exact = layer(x)
+    dout = torch.randn_like(exact)
+    expected = torch.autograd.grad(exact, (x, layer.weight, layer.bias), dout)
     assert quantize_linears(model, "int8") == 1
     assert type(model["head"]) is Linear
     assert torch.equal(layer(x), exact)  # in training mode
     model.eval()
-    assert torch.equal(layer(x), exact)  # a gradient may be asked for
+    with_gradients = layer(x)
+    gradients = torch.autograd.grad(with_gradients, (x, layer.weight, layer.bias), dout)
+    assert all(torch.allclose(got, need, atol=1e-5) for got, need in zip(gradients, expected))
+    x = x.detach()
+    assert torch.equal(layer(x), with_gradients)  # the weight alone requires a gradient
     with torch.no_grad():
         rounded = layer(x)
+        assert torch.equal(rounded, with_gradients)
         assert not torch.equal(rounded, exact)
         layer.weight.mul_(2)  # the rounded copy follows the weight
         layer.bias.mul_(2)
@@ -106,6 +113,17 @@ def test_loading_with_smaller_weights(gpt, bert):
     for call in (load, GPT.from_pretrained):
         with pytest.raises(ValueError, match="quantize: got 'int4', needs 'int8' or None"):
             call(gpt, quantize="int4")
+
+
+def test_a_loaded_encoder_rounds_without_no_grad(bert):
+    """Its embeddings require gradients, so that the input of every layer does."""
+    small = load(bert, quantize="int8")
+    out = small(ids(2, 7)).embeddings
+    assert not torch.equal(out, load(bert)(ids(2, 7)).embeddings)
+    with torch.no_grad():
+        assert torch.equal(small(ids(2, 7)).embeddings, out)
+    out.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in small.named_parameters() if "layers" in name)
 
 
 def test_what_is_saved_is_not_rounded(bert, tmp_path):

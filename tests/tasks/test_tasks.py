@@ -151,6 +151,15 @@ def test_entities_and_answers_have_no_space_around_them(text: str) -> None:
         assert answer["answer"] == text[answer["start"] : answer["end"]] == answer["answer"].strip()
 
 
+@pytest.mark.parametrize("label", ["B-A", "I-A"])
+def test_a_token_of_white_space_alone_is_no_entity(label: str) -> None:
+    row = Row([0] * 3, [0] * 3, [(0, 1), (1, 3), (3, 4)], [0] * 3, 0)
+    found = tag.decode([("O", 0.9), (label, 0.8), ("O", 0.9)], row, "a  b")
+    assert found == []
+    found = tag.decode([("O", 0.9), (label, 0.8), ("I-A", 0.6)], row, "a  b")
+    assert [(each["entity"], each["start"], each["end"], each["text"]) for each in found] == [("A", 3, 4, "b")]
+
+
 def test_one_label_marks_tokens_over_one_half() -> None:
     from types import SimpleNamespace
 

@@ -66,7 +66,13 @@ def _family(model_type: str, name: str, dialect: Dialect) -> Family:
         architectures=(f"{name}ForCausalLM", f"{name}Model"),
         parts=_parts(_SANDWICH if dialect.fields.get("sandwich_norms") else _PRE_NORMS),
         prefix="model.",
-        dropped=("layers.*.self_attn.rotary_emb.inv_freq",),  # a buffer that old files carry
+        other_prefix="transformer.",  # of question answering
+        dropped=(
+            "layers.*.self_attn.rotary_emb.inv_freq",  # a buffer that old files carry
+            "score.*",  # heads of transformers' other classes
+            "classifier.*",
+            "qa_outputs.*",
+        ),
         read_config=dialect.read,
         write_config=lambda config: dialect.write(config, model_type),
     )

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from fastattn.models.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLED,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    read_json,
+)
+
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_OTHER_FORMATS = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # of the same weights
 
 
 def resolve_folder(path_or_id: str | Path) -> Path:
@@ -20,11 +30,9 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     if isinstance(path_or_id, Path) or folder.is_file() or name.count("/") > 1 or not name:
         raise ValueError(f"pretrained model: got {name!r}, which is not a folder")
     try:
-        from huggingface_hub import snapshot_download
-
-        found = Path(snapshot_download(name, allow_patterns=_PATTERNS))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
+        found = _fetched(name, _PATTERNS)
+        if pickles := list(_pickles_of(found)):
+            found = _fetched(name, [*_PATTERNS, *pickles])
     except (
         Exception
     ) as error:  # those of the client library too, of no common type, as where nothing was reached
@@ -33,6 +41,25 @@ def resolve_folder(path_or_id: str | Path) -> Path:
             f"and could not be fetched from the Hugging Face hub: {error}"
         ) from error
     return found
+
+
+def _fetched(name: str, patterns: list[str]) -> Path:
+    """The folder in the local cache with those of a repository's files that match."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
+
+
+def _pickles_of(found: Path) -> Iterator[str]:
+    """Patterns of the pickled weights of each model, one of sentence-transformers' parts or an adapter among them,
+    that was fetched without safetensors."""
+    if (found / ADAPTER_CONFIG).is_file() and not (found / ADAPTER_WEIGHTS).is_file():
+        yield ADAPTER_PICKLED
+    for config in (*found.glob(CONFIG), *found.glob(f"*/{CONFIG}")):
+        folder = config.parent
+        weights = [path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS]
+        if not weights and "model_type" in read_json(config):
+            yield f"{'' if folder == found else f'{folder.name}/'}pytorch_model*.bin"
 
 
 def push_folder(

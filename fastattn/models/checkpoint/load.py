@@ -322,6 +322,8 @@ class _Plan:
         parts = list(self.wrong)
         if self.missing:
             parts.append(f"missing: {', '.join(self.missing)}")
+        if "lm_head.weight" in self.missing:
+            parts.append("it has no output head, new=['lm_head.weight'] initialises one")
         if self.extra:
             parts.append(f"left over: {', '.join(self.extra)}")
         if parts:

@@ -53,6 +53,7 @@ class Family:
         parts: a row for every parameter and persistent buffer of our model. Rows that a model has no parameter for
             (options, heads) are passed over.
         prefix: "transformer.", "model.", "bert.": a file may have it or lack it.
+        other_prefix: what some classes of transformers' have in its place.
         dropped: patterns (fnmatch, without the prefix) of heads and buffers that the family knows and a model may
             not use; a tensor that the model does use is never dropped.
         aliases: old endings of names and what they became: (".gamma", ".weight").
@@ -68,13 +69,15 @@ class Family:
     read_config: Callable[[dict[str, Any]], Any]
     write_config: Callable[[Any], dict[str, Any]]
     prefix: str = ""
+    other_prefix: str = ""
     dropped: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     in_transformers: bool = True
 
     def plain(self, name: str) -> str:
         """A name of a file without the prefix and with endings of today."""
-        name = name.removeprefix(self.prefix)
+        first = self.prefix if name.startswith(self.prefix) else self.other_prefix
+        name = name.removeprefix(first)
         for old, new in self.aliases:
             if name.endswith(old):
                 return name.removesuffix(old) + new

@@ -103,9 +103,10 @@ class Pretrained:
     def quantize(self: Model, kind: str | None = "int8") -> Model:
         """Let inference multiply with weights rounded to 8 bits in the numbered layers, or with None as they are; self.
 
-        A weight has a scale for each output and an activation one for each token. The weights themselves stay, for
-        training, gradients and `save_pretrained`; the rounded copies are made once and again where a weight changed.
-        A change through `weight.data` leaves no trace, so call this again after one.
+        A weight has a scale for each output and an activation, rounded too, one for each token. The weights themselves
+        stay, for training mode, gradients, torch.compile and `save_pretrained`; in eval mode the rounded copies are
+        used whether gradients are on or off. They are made once and again where a weight changed. A change through
+        `weight.data` leaves no trace, so call this again after one.
 
         Raises:
             ValueError: kind is neither "int8" nor None.
