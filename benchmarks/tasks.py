@@ -2,6 +2,7 @@
 
 python benchmarks/tasks.py --list
 python benchmarks/tasks.py NAME --data DIR --encoder DIR --out DIR [--minutes M]      run a row and store its record
+python benchmarks/tasks.py NAME --resume --data DIR --encoder DIR --out DIR            what a run cut short left to do
 python benchmarks/tasks.py NAME --quick --out DIR                                     the same on a few generated lines
 python benchmarks/tasks.py --page                                                     write docs/results.md
 
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="most time of the row; its own time by default")
     parser.add_argument(
         "--quick", action="store_true", help="a few generated lines and steps, to see that it works"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last step that ended by itself, in --minutes more",
     )
     parser.add_argument("--conditions", help="what else the machine does meanwhile, a sentence for the page")
     parser.add_argument("--list", action="store_true", help="the rows, and the minutes that they take")
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         record = runs.start(
             options.name, ROWS, options.out, data=options.data, encoder=options.encoder, minutes=options.minutes,
-            quick=options.quick, store=store, conditions=options.conditions,
+            quick=options.quick, store=store, conditions=options.conditions, resume=options.resume,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"tasks.py: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ the folder of all-MiniLM-L6-v2. Neither comes with fastattn. Settings are fixed 
 model is picked by a part of it, or by the dev part that a set comes with, never by a test set. Figures of a test set
 are those of `fastattn evaluate` ([their definitions](evaluation.md#metrics)); shares are within [0, 1]. A line that
 begins with "transformers" has the same start, data, rate, batches and number of steps in transformers' Trainer. Time is
-that of training with its evaluations. A run that was cut short says so and shows what there was.
+that of training with its evaluations. A run that was cut short says so and shows what there was; `--resume` goes on with it.
 """
 NAMES = {
     "ece": "calibration error", "macro_f1": "macro F1", "f1": "F1", "exact_match": "exact match", "bleu": "BLEU",
@@ -216,7 +216,8 @@ def _cuts(record: Result) -> str:
         said.append(f"{left} further steps were not begun")
     if not said:
         return ""
-    return f"**This run was cut short** at {record['minutes']:g} minutes: {'; '.join(said)}."
+    minutes = record["minutes"] + sum(each["minutes"] for each in record.get("continued", []))
+    return f"**This run was cut short** at {minutes:g} minutes: {'; '.join(said)}."
 
 
 def _about(record: Result) -> str:
@@ -226,12 +227,20 @@ def _about(record: Result) -> str:
         f"{k} {v}" for k, v in record["versions"].items() if v and k not in ("platform", "fastattn")
     )
     threads = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'}"
-    commit = (record["revision"] or "?")[:10] + ("+" if record["dirty"] else "")
     beside = f" {record['conditions']}" if record.get("conditions") else ""
-    return (
-        f"{device['name']}, {threads}; {versions}; {record['date'][:10]}, commit {commit}, "
-        f"{record['seconds'] / 60:.0f} minutes in all.{beside}"
+    continued = "".join(
+        f" Continued on {each['date'][:10]} after step {each['after']}, commit {_commit(each)}, "
+        f"on {each['device']['name']}. {each['conditions']}".rstrip()
+        for each in record.get("continued", [])
     )
+    return (
+        f"{device['name']}, {threads}; {versions}; {record['date'][:10]}, commit {_commit(record)}, "
+        f"{record['seconds'] / 60:.0f} minutes in all.{beside}{continued}"
+    )
+
+
+def _commit(record: Result) -> str:
+    return (record["revision"] or "?")[:10] + ("+" if record["dirty"] else "")
 
 
 def draw(record: Result, path: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -49,16 +50,19 @@ class Run:
     data: Path
     encoder: Path
     out: Path  # of the row
-    seconds: float  # that it may take
+    seconds: float  # that it may take, and of which steps take shares
     quick: bool = False
     stored: tuple[Path, ...] = ()  # where the record goes
     conditions: str = ""  # what else the machine did, for the page
     record: Result = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    extra: float | None = None  # seconds that the rest of an earlier run may take; None for a new run
+    before: float = 0.0  # seconds that the earlier run took
 
     def left(self) -> float:
         """Seconds of the limit that are left."""
-        return self.seconds - (time.monotonic() - self.started)
+        limit = self.seconds if self.extra is None else self.extra
+        return limit - (time.monotonic() - self.started)
 
     def filled(self, words: Sequence[str]) -> list[str]:
         """The words of a command with this run's folders and seconds."""
@@ -81,7 +85,7 @@ class Run:
 
     def store(self) -> None:
         """Write the record as it is now."""
-        self.record["seconds"] = round(time.monotonic() - self.started, 1)
+        self.record["seconds"] = round(self.before + time.monotonic() - self.started, 1)
         for path in self.stored:
             schema.replace_file(path, json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
 
@@ -92,17 +96,20 @@ def run(job: Run) -> Result:
     Its "status" is "complete" where every step ended by itself, else "cut". Ctrl-C and SIGTERM end step and row.
     """
     row = job.row
-    _clear(job.out)
     files = job.out / "files"
-    files.mkdir(parents=True)
     steps = quick_steps(row.steps) if job.quick else row.steps
-    job.record = new_record(job, steps)
-    job.store()
-    row.prepare(job.data, files)
+    if job.extra is None:
+        _clear(job.out)
+        files.mkdir(parents=True)
+        job.record = new_record(job, steps)
+        job.store()
+        row.prepare(job.data, files)
+    else:
+        _continue(job, steps)
     done: list[Result] = job.record["steps"]
     try:
         with _interrupts():
-            for step in steps:
+            for step in steps[len(done) :]:
                 done.append({"name": step.name, "kind": step.kind, "status": "running", "seed": step.seed})
                 done[-1] |= {"command": command_line(job, step), "figures": step.figures}
                 job.store()
@@ -144,6 +151,34 @@ def new_record(job: Run, steps: Sequence[Step]) -> Result:
         "seconds": 0.0,
         "steps": [],
     }
+
+
+def _continue(job: Run, steps: Sequence[Step]) -> None:
+    """Take over the record of an earlier run up to its first step that did not end by itself.
+
+    Raises:
+        ValueError: there is no such run, its commands were others, or it was complete.
+    """
+    path = job.out / STORED
+    if not path.is_file():
+        raise ValueError(f"--resume: {job.out} holds no earlier run of the row")
+    record: Result = json.loads(path.read_text(encoding="utf-8"))
+    if record["status"] == "complete":
+        raise ValueError(f"--resume: the run in {job.out} is complete")
+    job.seconds, job.before = 60 * record["minutes"], record["seconds"]
+    kept = list(itertools.takewhile(lambda step: step["status"] == "done", record["steps"]))
+    for step, planned in zip(kept, steps):
+        if (command := command_line(job, planned)) != step["command"]:
+            raise ValueError(
+                f"--resume: the earlier run had the command {step['command']!r}, now it is {command!r}"
+            )
+    for words in (job.filled(step.words) for step in steps[len(kept) :] if step.kind in ("train", "peer")):
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    now = new_record(job, steps)
+    about = {name: now[name] for name in ("date", "device", "revision", "dirty", "conditions")}
+    rest = {**about, "minutes": (job.extra or 0.0) / 60, "after": len(kept)}
+    job.record = {**record, "steps": kept, "continued": [*record.get("continued", []), rest]}
+    job.store()
 
 
 def quick_steps(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -352,7 +387,8 @@ def start(name: str, rows: dict[str, TaskRow], out: Path, **options: Any) -> Res
     else:
         data, encoder = options["data"], options["encoder"]
     minutes = options["minutes"] or row.minutes
+    extra = 60 * minutes if options.get("resume") else None
     stored = [folder / STORED, *([options["store"]] if options["store"] else [])]
     job = Run(row, data.resolve(), encoder.resolve(), folder.resolve(), 60 * minutes, quick, tuple(stored))
-    job.conditions = options.get("conditions") or ""
+    job.conditions, job.extra = options.get("conditions") or "", extra
     return run(job)

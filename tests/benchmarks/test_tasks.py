@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,44 @@ def test_a_run_cut_short_leaves_its_partial_row(tmp_path: Path, monkeypatch: pyt
     assert "| seed 1: F1 | at least 0.4 | 0.5000 |" in page.summary({"reuters8": record})
     assert page.draw(record, tmp_path / "row.svg") == tmp_path / "row.svg"
     assert "<svg" in (tmp_path / "row.svg").read_text(encoding="utf-8")
+
+
+def test_a_run_cut_short_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _job(ROW, tmp_path, stored=(tmp_path / ROW.name / runs.STORED,))
+    monkeypatch.setattr(runs, "_call", _answer(job, "b"))
+    first = runs.run(job)
+    rest = _job(ROW, tmp_path, stored=(tmp_path / ROW.name / runs.STORED,))
+    rest.extra, rest.conditions, rest.seconds = 90.0, "Nothing else ran.", 1.0
+    monkeypatch.setattr(runs, "_call", _answer(rest, ""))
+    record = runs.run(rest)
+    assert record == json.loads((tmp_path / ROW.name / runs.STORED).read_text(encoding="utf-8"))
+    assert record["status"] == "complete"
+    assert record["steps"][:2] == first["steps"][:2]
+    assert [step["status"] for step in record["steps"]] == ["done"] * 4
+    assert rest.seconds == job.seconds  # of which steps take shares
+    assert record["seconds"] >= first["seconds"]
+    (continued,) = record["continued"]
+    assert continued["after"] == 2
+    assert "after step 2" in page.section(ROW, record, False)
+    assert "Nothing else ran." in page.section(ROW, record, False)
+    with pytest.raises(ValueError, match="is complete"):
+        runs.run(rest)
+
+
+@pytest.mark.parametrize(("name", "complaint"), [("", "holds no earlier run"), ("other", "had the command")])
+def test_only_a_run_of_the_same_commands_goes_on(
+    name: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name:
+        job = _job(ROW, tmp_path, stored=(tmp_path / ROW.name / runs.STORED,))
+        monkeypatch.setattr(runs, "_call", _answer(job, "b"))
+        runs.run(job)
+    words = ("train", "tag", "--out", f"{{out}}/{name}")
+    other = replace(ROW, steps=(replace(ROW.steps[0], words=words), *ROW.steps[1:]))
+    job = _job(other, tmp_path)
+    job.extra = 60.0
+    with pytest.raises(ValueError, match=complaint):
+        runs.run(job)
 
 
 def test_a_run_of_transformers_that_was_cut_is_not_compared() -> None:
