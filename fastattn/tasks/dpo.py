@@ -190,6 +190,7 @@ def new_model(
         raise DataError("--model: got a preset's name, dpo needs the folder of a trained model")
     set_template(tokenizer, examples)
     model = PreferenceGPT.from_pretrained(source, dtype=torch.float32).train()
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
