@@ -30,7 +30,7 @@ from fastattn.train.trackers import BOARD
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
-REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"  # of `fastattn train`
+REPORT, OPTIONS, ADAPTER, CURVE = "report.json", "run.yaml", "adapter", "loss.png"  # of `fastattn train`
 # What a run leaves at the top of its directory beside checkpoints and shards of weights, the log first: without it
 # nothing goes on with a run that is half deleted.
 OF_A_RUN = (
@@ -41,6 +41,7 @@ OF_A_RUN = (
     GENERATION,
     RESOLVED_CONFIG,
     OPTIONS,
+    CURVE,
     ADAPTER,
     BOARD,
     *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
