@@ -26,7 +26,7 @@ from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
 from fastattn.train.sections import ConfigError
-from fastattn.train.trackers import BOARD
+from fastattn.train.trackers import BOARD, RUNS
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
@@ -44,6 +44,7 @@ OF_A_RUN = (
     CURVE,
     ADAPTER,
     BOARD,
+    RUNS,
     *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

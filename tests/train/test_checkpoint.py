@@ -23,6 +23,7 @@ OF_A_COMMAND = (
     "report.json",
     "run.yaml",
     "loss.png",
+    "trackers.json",
     "adapter/adapter_model.safetensors",
     "tensorboard/events",
 )
