@@ -26,11 +26,11 @@ from fastattn.models.lora import adapters_of
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
 from fastattn.train.resume import STATE, WEIGHTS, DamagedCheckpoint, check
 from fastattn.train.sections import ConfigError
-from fastattn.train.trackers import BOARD
+from fastattn.train.trackers import BOARD, RUNS
 
 LOG = "log.jsonl"
 RESOLVED_CONFIG = "train_config.yaml"
-REPORT, OPTIONS, ADAPTER = "report.json", "run.yaml", "adapter"  # of `fastattn train`
+REPORT, OPTIONS, ADAPTER, CURVE = "report.json", "run.yaml", "adapter", "loss.png"  # of `fastattn train`
 # What a run leaves at the top of its directory beside checkpoints and shards of weights, the log first: without it
 # nothing goes on with a run that is half deleted.
 OF_A_RUN = (
@@ -41,8 +41,10 @@ OF_A_RUN = (
     GENERATION,
     RESOLVED_CONFIG,
     OPTIONS,
+    CURVE,
     ADAPTER,
     BOARD,
+    RUNS,
     *TOKENIZER_FILES,  # one that stays would keep those of the new model's folder out
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from fastattn import plot
 from fastattn.models.lora import merge
 from fastattn.models.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, save_adapter
+from fastattn.tasks import causal_lm, chat, masked_lm, seq2seq, tag
 from fastattn.train.checkpoint import ADAPTER, read_model
+from fastattn.train.loss_curve import plot_loss
 from fastattn.train.prepared import Prepared
 from fastattn.train.resume import WEIGHTS
 from fastattn.train.state import FitResult
+
+OF_TOKENS = (causal_lm, chat, masked_lm, seq2seq, tag)  # tasks whose loss is a mean over tokens
 
 
 def best_model(prepared: Prepared, model: Any, out: Path) -> nn.Module:
@@ -44,6 +50,18 @@ def evaluated(prepared: Prepared, model: nn.Module) -> Any:
     return prepared.task.evaluate(
         model, prepared.tokenizer, prepared.data.dev, batch_size=size, options=prepared.data.options
     )
+
+
+def draw_loss(prepared: Prepared, result: FitResult, path: Path, say: Callable[[str], object]) -> None:
+    """Draw the run's losses to `path`; where that cannot be done a line says why, as the run itself is complete."""
+    if not plot.is_available():
+        say(f"no {path.name}: matplotlib is not installed; {plot.INSTALL}")
+        return
+    unit = "nats per token" if prepared.task in OF_TOKENS else None
+    try:
+        plot_loss(result.log, path, unit=unit)
+    except Exception as error:
+        say(f"no {path.name}: {' '.join(str(error).split())}")
 
 
 def report_of(prepared: Prepared, result: FitResult, best: tuple[str, bool]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def plot_loss(
     path: str | os.PathLike[str],
     *,
     title: str = "Loss",
+    unit: str | None = "nats per token",
     say: Callable[[str], object] = print,
 ) -> bool:
     """Write a picture of training and validation loss over steps, or without matplotlib a chart in text.
@@ -30,6 +31,7 @@ def plot_loss(
         log: records, as `FitResult.log` holds them, or the path of a log.jsonl.
         path: the picture, .png or .svg; its directory is created if it does not exist.
         title: written above the plot, with the last validation loss.
+        unit: of the loss, beside the plot; in nats per token the perplexity is written, too. None for no unit.
         say: called with the chart in text, and how to install matplotlib, where that is missing.
 
     Returns:
@@ -42,7 +44,7 @@ def plot_loss(
     curves = {event: _curve(records, event) for event in SERIES}
     if not any(curves.values()):
         raise ValueError("log: has no finite loss, needs a train or eval record")
-    heading = title + _last_validation(curves["eval"])
+    heading = title + _last_validation(curves["eval"], perplexity=unit == "nats per token")
     if not plot.is_available():
         chart = plot.text_chart(
             {SERIES[event][0]: curve for event, curve in curves.items()}, "loss over steps"
@@ -60,7 +62,7 @@ def plot_loss(
                 )
         axes.set_title(heading, loc="left", parse_math=False)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel("loss" if unit is None else f"loss ({unit})")
         axes.set_xlim(left=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="0.9")
@@ -79,8 +81,9 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _last_validation(curve: Sequence[plot.Point]) -> str:
+def _last_validation(curve: Sequence[plot.Point], *, perplexity: bool) -> str:
     if not curve:
         return ""
     loss = curve[-1][1]
-    return f": validation {loss:.3f} at step {curve[-1][0]:.0f} (perplexity {math.exp(min(loss, 700)):.1f})"
+    text = f": validation {loss:.3f} at step {curve[-1][0]:.0f}"
+    return f"{text} (perplexity {math.exp(min(loss, 700)):.1f})" if perplexity else text

@@ -25,11 +25,11 @@ from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
 from fastattn.tasks.training import learning_rate
 from fastattn.train.adapters import attach_adapters
-from fastattn.train.checkpoint import OPTIONS, REPORT, RunDirectory
+from fastattn.train.checkpoint import CURVE, OPTIONS, REPORT, RunDirectory
 from fastattn.train.config import step_limit
 from fastattn.train.corpus import Corpus, is_large
 from fastattn.train.distributed import usable_device
-from fastattn.train.end_of_run import best_model, evaluated, report_of
+from fastattn.train.end_of_run import best_model, draw_loss, evaluated, report_of
 from fastattn.train.log import plain
 from fastattn.train.needs import check_effect
 from fastattn.train.optim import WARMUP
@@ -38,6 +38,7 @@ from fastattn.train.prepared import Inputs as Inputs
 from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.same_run import check_same, describe
+from fastattn.train.samples import sample_of
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections, kinds_of, presets_of, read_sections
 from fastattn.train.task_data import check_columns, read_data
@@ -62,7 +63,8 @@ def train(inputs: Inputs, *, display: ProgressDisplay | None = None) -> dict[str
     """Train as the inputs say; returns the report, which is also in OUT/report.json.
 
     OUT holds the best model by the dev set in a folder that `fastattn predict`, `fastattn.models.load` and
-    transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config) and report.json.
+    transformers read, checkpoints, log.jsonl, run.yaml (every option, for --config), report.json and, where matplotlib
+    is installed, loss.png.
 
     Raises:
         ConfigError: an input cannot be used; raised before any training, except for what only a step shows.
@@ -100,8 +102,8 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     options: dict[str, Any] = {}
     if best[0] != "loss":  # the trainer computes the loss itself
         options = {"evaluate_with": figures, "best": best}
-    if hasattr(task, "sample"):
-        options["show_with"] = lambda model: task.sample(model, prepared.tokenizer, data.dev, data.options)
+    sample = sample_of(task)
+    options["show_with"] = lambda model: sample(model, prepared.tokenizer, data.dev, data.options)
     trainer = Trainer(
         prepared.model,
         sections.train,
@@ -146,6 +148,7 @@ def fit(prepared: Prepared, *, display: ProgressDisplay | None = None) -> dict[s
     report["wall_seconds"] = time.monotonic() - started
     write_atomically(out / OPTIONS, sections.to_yaml())
     write_atomically(out / REPORT, json.dumps(plain(report), indent=2) + "\n")
+    draw_loss(prepared, result, out / CURVE, trainer.display.note)
     return report
 
 

@@ -332,7 +332,9 @@ class Trainer:
             save_config({"train": config}, self.directory.path / RESOLVED_CONFIG)
             resume_step = None if source is None else self.state.step
             if config.trackers:
-                self._trackers = Trackers(config.trackers, self.directory.path, asdict(config))
+                self._trackers = Trackers(
+                    config.trackers, self.directory.path, asdict(config), resume_step=resume_step
+                )
             self.log = RunLog(self.directory.path / LOG, resume_step=resume_step, on_record=self._recorded)
         self.distributed.barrier()
         self._started = time.monotonic() - self.state.seconds

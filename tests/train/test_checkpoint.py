@@ -19,7 +19,14 @@ from fastattn.train.checkpoint import UNFINISHED, RunDirectory
 from fastattn.train.log import read_log
 
 # What `fastattn train`, a tracker and a large model leave besides.
-OF_A_COMMAND = ("report.json", "run.yaml", "adapter/adapter_model.safetensors", "tensorboard/events")
+OF_A_COMMAND = (
+    "report.json",
+    "run.yaml",
+    "loss.png",
+    "trackers.json",
+    "adapter/adapter_model.safetensors",
+    "tensorboard/events",
+)
 OF_A_COMMAND += ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
 
 

@@ -103,6 +103,10 @@ def test_a_chat_learns_to_stop_and_preferences_are_followed(small_gpt: Path, tmp
         "dpo", pairs, tmp_path / "chat", tmp_path / "dpo", *words[:1], "--train.lr=1e-3", "--lora.r=4"
     )
     assert report["metrics"]["accuracy"] == 1.0
+    log = [json.loads(line) for line in (tmp_path / "dpo" / "log.jsonl").read_text().splitlines()]
+    shown = [entry["text"] for entry in log if entry["event"] == "sample"]
+    assert len(shown) == 2
+    assert all(text.startswith("Say one -> ") for text in shown)
     names = {path.name for path in (tmp_path / "dpo").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "report.json", "adapter"} <= names
 

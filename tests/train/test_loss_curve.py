@@ -40,6 +40,13 @@ def test_the_picture_holds_both_curves_names_and_units(tmp_path, figures):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
 
 
+def test_a_loss_that_is_not_of_tokens_has_no_perplexity(tmp_path, figures):
+    plot_loss(LOG, tmp_path / "loss.png", unit=None)
+    (axes,) = figures[0].axes
+    assert axes.get_ylabel() == "loss"
+    assert axes.get_title(loc="left") == "Loss: validation 3.340 at step 200"
+
+
 def test_svg_keeps_its_text_and_the_same_bytes(tmp_path):
     for name in ("first.svg", "again.svg"):
         plot_loss(LOG, tmp_path / name)

@@ -230,7 +230,12 @@ def fake_tracker(monkeypatch, name):
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
     module.calls = []
-    module.init = lambda **options: module.calls.append(("init", options))
+
+    def init(**options):
+        module.calls.append(("init", options))
+        return SimpleNamespace(id=options.get("id", "made"), name=f"{options['name']}")
+
+    module.init = init
     module.log = lambda figures, step: module.calls.append(("log", figures, step))
     module.finish = lambda: module.calls.append(("finish",))
     monkeypatch.setitem(sys.modules, name, module)
@@ -250,6 +255,65 @@ def test_records_go_to_trackers(make_trainer, monkeypatch, name):
         assert step == record["step"]
         assert figures[f"{record['event']}/seconds"] == record["seconds"]
     assert any("train/loss" in figures for figures, _ in sent)
+
+
+@pytest.mark.parametrize(("name", "known_by"), [("wandb", {"id": "made"}), ("trackio", {"name": "run"})])
+def test_a_resumed_run_is_the_same_run_of_a_tracker(make_trainer, monkeypatch, name, known_by):
+    module = fake_tracker(monkeypatch, name)
+    options = {"trackers": (name,), "log_every": 1}
+    make_trainer(max_steps=2, **options).fit()
+    resumed = make_trainer(max_steps=4, resume="auto", **options)
+    resumed.fit()
+    other = make_trainer(max_steps=1, out="other", **options)
+    other.fit()
+    (resumed.directory.path / "trackers.json").write_text("{")
+    make_trainer(max_steps=5, resume="auto", **options).fit()
+    make_trainer(max_steps=1, overwrite=True, **options).fit()
+    given = [
+        {key: value for key, value in values[0].items() if key not in ("project", "config")}
+        for kind, *values in module.calls
+        if kind == "init"
+    ]
+    new = {"name": "run"}
+    assert given == [new, {**new, **known_by, "resume": "allow"}, {"name": "other"}, new, new]
+
+
+def test_a_name_that_trackio_gave_is_the_one_that_it_resumes(make_trainer, monkeypatch):
+    """It gives another name where one of the folder's name exists."""
+    module = fake_tracker(monkeypatch, "trackio")
+    init = module.init
+    module.init = lambda **options: (
+        init(**options) if "resume" in options else SimpleNamespace(name="dainty-1")
+    )
+    make_trainer(trackers=("trackio",), max_steps=2).fit()
+    make_trainer(trackers=("trackio",), max_steps=3, resume="auto").fit()
+    (given,) = [values[0] for kind, *values in module.calls if kind == "init"]
+    assert (given["name"], given["resume"]) == ("dainty-1", "allow")
+
+
+def test_tensorboard_drops_what_came_after_the_checkpoint(make_trainer, monkeypatch):
+    made = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            made.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            pass
+
+        def close(self):
+            pass
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.SummaryWriter = Writer
+        monkeypatch.setitem(sys.modules, name, module)
+    trainer = make_trainer(trackers=("tensorboard",), max_steps=2)
+    trainer.fit()
+    make_trainer(trackers=("tensorboard",), max_steps=4, resume="auto").fit()
+    folder = str(trainer.directory.path / "tensorboard")
+    assert made == [(folder, 0), (folder, 3)]
 
 
 def test_tensorboard_gets_a_file(make_trainer):

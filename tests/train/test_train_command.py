@@ -90,6 +90,50 @@ def test_the_folder_predicts_what_was_learnt(task: str, lines: str, expected: li
 
 
 @pytest.mark.parametrize("task", ENCODER_TASKS)
+def test_each_evaluation_shows_a_prediction_and_the_end_the_curve(task: str, runs: Any) -> None:
+    out, _ = runs[task]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    shown = [record["text"] for record in log if record["event"] == "sample"]
+    assert len(shown) == len([record for record in log if record["event"] == "eval"]) > 2
+    begins, *ends = {
+        "classify": ("good film old -> good! 0.", "bad! 0."),
+        "tag": ("anna lives in paris . -> PER 0.", "0:4 anna, LOC 0."),
+        "qa": ("where does anna live? -> paris 0.", "14:19"),
+        "masked-lm": ("anna lives [MASK] paris . -> ", " (in)"),
+        "embed": ("anna . -> 0.", " the river good, ", " the river bad"),
+    }[task]
+    assert shown[-1].startswith(begins)
+    assert all(part in shown[-1] for part in ends)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_run(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no font\nat all")
+
+    data = write(tmp_path / "train.jsonl", rows("classify"))
+    words = ("train", "classify", "--train", data, "--dev", data, "--model", encoder, "--train.max_steps=1")
+    for name, place, change, said in (
+        ("broken", "end_of_run.plot_loss", fail, "no loss.png: no font at all"),
+        (
+            "missing",
+            "end_of_run.plot.is_available",
+            lambda: False,
+            "no loss.png: matplotlib is not installed",
+        ),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(f"fastattn.train.{place}", change)
+            code, text, err = invoke(*words, "--out", tmp_path / name, "--train.device=cpu")
+        assert code == 0, err
+        assert said in text
+        assert (tmp_path / name / "report.json").is_file()
+        assert not (tmp_path / name / "loss.png").exists()
+
+
+@pytest.mark.parametrize("task", ENCODER_TASKS)
 def test_transformers_reads_the_folder(task: str, runs: Any) -> None:
     import transformers
 
