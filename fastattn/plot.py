@@ -81,6 +81,7 @@ def plot_attention(
     attentions: Any,
     tokens: Sequence[str],
     *,
+    query_tokens: Sequence[str] | None = None,
     layer: int | Sequence[int] | None = None,
     head: int | Sequence[int] | None = None,
     path: str | os.PathLike[str] = "attention.png",
@@ -93,7 +94,8 @@ def plot_attention(
     Args:
         attentions: per layer (H, Sq, Sk) or (1, H, Sq, Sk), as models return with output_attentions=True; or the
             weights of one layer from `attention(..., return_weights=True)`.
-        tokens: Sk texts of the keys; the queries are the last Sq of them.
+        tokens: Sk texts of the keys.
+        query_tokens: Sq texts of the queries, as of cross-attention; None = the last Sq of the keys'.
         layer, head: numbers of the layers and heads to draw, from 0, negative from the end; all by default.
         path: the file, with the ending .png or .svg.
 
@@ -104,27 +106,31 @@ def plot_attention(
     target = Path(path)
     check_format(target)
     maps = _maps(attentions)
-    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise TypeError("tokens: needs a list of texts, one for each key")
-    names = [visible(token) for token in tokens]
     _, seqlen_q, seqlen_k = maps[0].shape
-    if len(names) != seqlen_k or not seqlen_q or seqlen_q > seqlen_k:
+    names = _names("tokens", tokens, seqlen_k, "keys")
+    if query_tokens is not None:
+        query_names = _names("query_tokens", query_tokens, seqlen_q, "queries")
+    elif seqlen_q <= seqlen_k:
+        query_names = names[seqlen_k - seqlen_q :]
+    else:
         raise ValueError(
-            f"tokens: got {len(names)}, needs one for each of the {seqlen_k} keys, and as many queries or fewer"
+            f"query_tokens: got None, needs the texts of the {seqlen_q} queries, as there are {seqlen_k} keys only"
         )
     layers = _chosen("layer", layer, len(maps))
     heads = _chosen("head", head, min(len(each) for each in maps))
     if not is_available():
         raise ImportError(f"plot_attention needs matplotlib: {INSTALL}")
-    side = min(0.16 * max(seqlen_k, 9), 6.0, 0.9 * MAX_FIGURE / max(len(heads), len(layers)))
-    margin = 0.075 * min(max(map(len, names)), 24) + 0.2  # names of tokens, on the left and below
+    longest = max(seqlen_q, seqlen_k)
+    side = min(0.16 * max(longest, 9), 6.0, 0.9 * MAX_FIGURE / max(len(heads), len(layers)))
+    # names of tokens, on the left and below
+    margin = 0.075 * min(max(map(len, (*names, *query_names))), 24) + 0.2
     with style():
         figure = new_figure(
             len(heads) * (side + 0.15) + margin + 0.7, len(layers) * (side + 0.25) + margin + 0.2
         )
         figure.set_layout_engine("compressed")  # for maps whose sides have a fixed proportion
         grid = figure.subplots(len(layers), len(heads), squeeze=False, sharex=True, sharey=True)
-        step = cdiv(seqlen_k, max(1, min(SHOWN_TOKENS, int(side / 0.12))))
+        step = cdiv(longest, max(1, min(SHOWN_TOKENS, int(side / 0.12))))
         for row, number in enumerate(layers):
             for column, which in enumerate(heads):
                 axes = grid[row, column]
@@ -135,9 +141,8 @@ def plot_attention(
                 axes.tick_params(length=0, labelsize=7)
                 axes.tick_params(axis="x", labelrotation=90)
                 axes.spines[:].set(visible=True, color="0.7", linewidth=0.6)
-        first = seqlen_k - seqlen_q
         grid[0, 0].set_xticks(range(0, seqlen_k, step), names[::step])
-        grid[0, 0].set_yticks(range(0, seqlen_q, step), names[first::step])
+        grid[0, 0].set_yticks(range(0, seqlen_q, step), query_names[::step])
         bar = figure.colorbar(
             drawn, ax=grid, fraction=0.03, pad=0.01, aspect=30, shrink=min(1.0, 4.0 / (len(layers) * side))
         )
@@ -145,6 +150,15 @@ def plot_attention(
         bar.ax.tick_params(labelsize=7)
         save(figure, target)
     return target
+
+
+def _names(argument: str, tokens: Sequence[str], count: int, what: str) -> list[str]:
+    """The tokens as an axis shows them."""
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+        raise TypeError(f"{argument}: needs a list of texts, one for each of the {count} {what}")
+    if len(tokens) != count:
+        raise ValueError(f"{argument}: got {len(tokens)}, needs one for each of the {count} {what}")
+    return [visible(token) for token in tokens]
 
 
 def _maps(attentions: Any) -> list[Any]:

@@ -34,6 +34,8 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("generate", "--min-p"): ("x", "", "-1", "1.5", "nan", "inf", "None"),
     ("generate", "--repetition-penalty"): ("x", "", "-1", "0", "nan", "inf", "1e400", "None"),
     ("generate", "--presence-penalty"): ("x", "", "nan", "inf", "-inf", "1e400", "None"),
+    ("generate", "--no-repeat-ngram-size"): NUMBERS,
+    ("generate", "--min-new-tokens"): NUMBERS,
     ("generate", "--num-beams"): (*NUMBERS, "0", "100000"),
     ("generate", "--stop"): ("",),
     ("generate", "--prompt-lookup"): (*NUMBERS, "100000"),

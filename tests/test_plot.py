@@ -146,6 +146,18 @@ def test_queries_of_a_step_are_the_last_tokens(monkeypatch: pytest.MonkeyPatch) 
     assert len(figure.axes[0].get_yticklabels()) == 2
 
 
+@pytest.mark.parametrize("queries", [2, 5, 8])
+def test_maps_of_cross_attention_have_the_queries_own_names(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [f"t{i}" for i in range(queries)]
+    figure = drawn(monkeypatch, weights(2, 1, queries=queries), TOKENS, query_tokens=targets)
+    maps = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [text.get_text() for text in maps[0].get_yticklabels()] == targets
+    assert len(maps[-1].get_xticklabels()) == len(TOKENS)
+    assert maps[0].images[0].get_array().shape == (queries, len(TOKENS))
+
+
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_attention_maps_are_written_in_both_formats(tmp_path: Path, kind: str) -> None:
     path = fastattn.plot_attention(weights(1, 2)[0], [*TOKENS[:4], "x" * 20], path=tmp_path / f"maps.{kind}")
@@ -174,7 +186,9 @@ def test_labels_stand_within_the_picture(monkeypatch: pytest.MonkeyPatch) -> Non
         ((weights(), TOKENS), {"path": "maps.pdf"}, ValueError, "path: got 'maps.pdf', needs a name"),
         ((None, TOKENS), {}, TypeError, "attentions: needs a tensor for each layer"),
         (((torch.ones(2, 3, 5, 5),), TOKENS), {}, ValueError, r"attentions\[0\]: got shape \(2, 3, 5, 5\)"),
-        ((weights(1, 1, 6, 5), TOKENS), {}, ValueError, "tokens: .* as many queries or fewer"),
+        ((weights(1, 1, 6, 5), TOKENS), {}, ValueError, "query_tokens: got None, needs the texts of the 6 queries"),
+        ((weights(), TOKENS), {"query_tokens": TOKENS[:4]}, ValueError, "query_tokens: got 4, needs one for each of"),
+        ((weights(), TOKENS), {"query_tokens": "abcde"}, TypeError, "query_tokens: needs a list of texts"),
     ],
 )
 def test_maps_that_cannot_be_drawn_are_named(

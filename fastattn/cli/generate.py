@@ -52,6 +52,13 @@ def generate(
         float | None,
         typer.Option(min=-1e3, max=1e3, help="Subtracted from the logits of tokens of the continuation."),
     ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_INT32, help="No run of so many tokens comes twice; 0: any may."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(min=0, max=MAX_INT32, help="No end before so many tokens are added.")
+    ] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, max=1024, help="Beams of beam search.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     prompt_lookup: Annotated[
@@ -79,7 +86,8 @@ def generate(
     options = work.options_of(
         temperature, top_k, top_p, min_p, stop, max_new_tokens=max_new_tokens, num_beams=num_beams, seed=seed,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-        prompt_lookup_num_tokens=prompt_lookup,
+        prompt_lookup_num_tokens=prompt_lookup, no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
     )  # fmt: skip
     work.check_folder(folder)
     standard = standard_input() if prompt is None and data is None else None

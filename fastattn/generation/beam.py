@@ -58,7 +58,7 @@ def beam_search(model: CausalLM, prompt: Tensor, mask: Tensor | None, options: S
     ends = torch.tensor(end_ids, dtype=torch.int64, device=device)
     repeated = prompt.repeat_interleave(beams, 0)
     real = None if mask is None else mask.repeat_interleave(beams, 0)
-    scores = Scores(options, repeated, real, model.config.vocab_size)
+    scores = Scores(options, repeated, real, model.config.vocab_size, end_ids)
     driver = driver_of(
         model, prompt, mask, room, beams, use_cache=options.use_cache, batch_invariant=options.batch_invariant,
         chunk_size=options.prefill_chunk_size,

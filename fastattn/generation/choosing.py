@@ -1,4 +1,4 @@
-"""The choice of the next tokens: penalties, the caller's processors, then the likeliest token or a drawn one."""
+"""The choice of the next tokens: penalties, exclusions, the caller's processors, then the likeliest or a drawn one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastattn.generation.exclusions import Exclusions
 from fastattn.generation.options import Settled
 from fastattn.generation.protocol import GenerationError
 from fastattn.generation.sampling import Draws, Penalties, draw, shares
@@ -19,13 +20,20 @@ NOT_FINITE = -1  # in place of a token
 class Scores:
     """The processing of R sequences' logits before tokens are compared, and the tokens so far that it depends on."""
 
-    def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
-        """prompt: (R, S); mask: (R, S) bool, None = all are real."""
+    def __init__(
+        self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int, ends: Sequence[int]
+    ) -> None:
+        """prompt: (R, S); mask: (R, S) bool, None = all are real; ends: tokens that end a continuation."""
         self.processors = options.logits_processor
         self.penalties = Penalties(
             prompt, mask, vocab_size, options.repetition_penalty, options.presence_penalty
         )
-        self.changes = bool(self.processors or options.repetition_penalty != 1.0 or options.presence_penalty)
+        self.exclusions = Exclusions(
+            prompt, mask, ends, min_new_tokens=options.min_new_tokens,
+            no_repeat_ngram_size=options.no_repeat_ngram_size, room=options.max_new_tokens,
+        )  # fmt: skip
+        penalised = options.repetition_penalty != 1.0 or options.presence_penalty != 0.0
+        self.changes = bool(self.processors) or penalised or self.exclusions.active
         self.length = prompt.shape[1]
         self.ids: Tensor | None = None  # (R, S + new) for processors
         if self.processors:
@@ -34,6 +42,8 @@ class Scores:
     def __call__(self, logits: Tensor) -> Tensor:
         """(R, V) -> (R, V) float32."""
         scores = self.penalties(logits.float())
+        if self.exclusions.active:
+            scores = self.exclusions(scores)
         for processor in self.processors:
             assert self.ids is not None
             made = processor(self.ids[:, : self.length], scores)
@@ -50,6 +60,8 @@ class Scores:
         if not self.changes:
             return
         self.penalties.add(tokens, rows)
+        if self.exclusions.active:
+            self.exclusions.add(tokens, rows)
         if self.ids is not None:
             self.ids[:, self.length] = tokens
             self.length += 1
@@ -57,6 +69,7 @@ class Scores:
     def reorder(self, rows: Tensor) -> None:
         """Sequence i becomes a copy of sequence rows[i]."""
         self.penalties.reorder(rows)
+        self.exclusions.reorder(rows)
         if self.ids is not None:
             self.ids = self.ids[rows]
 
@@ -64,9 +77,11 @@ class Scores:
 class Chooser:
     """Chooses tokens for R sequences, N consecutive rows for each of R / N prompts."""
 
-    def __init__(self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+    def __init__(
+        self, options: Settled, prompt: Tensor, mask: Tensor | None, vocab_size: int, ends: Sequence[int]
+    ) -> None:
         self.options = options
-        self.scores = Scores(options, prompt, mask, vocab_size)
+        self.scores = Scores(options, prompt, mask, vocab_size, ends)
         self.greedy = not options.do_sample
         self.draws: Draws | None = None
         if options.do_sample:
@@ -110,7 +125,7 @@ def refuse_not_finite(place: int) -> NoReturn:
     """place: how many tokens after the prompt the logits are that no token can be chosen by."""
     raise GenerationError(
         f"model: its logits for token {place} after the prompt are not finite, "
-        f"so no token can be chosen; look for NaN or infinite weights"
+        f"so no token can be chosen; look for NaN or infinite weights, or options that exclude every token"
     )
 
 

@@ -35,6 +35,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     presence_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    min_new_tokens: int | None = None,
     num_beams: int | None = None,
     length_penalty: float | None = None,
     early_stopping: bool | str | None = None,
@@ -67,6 +69,8 @@ def generate(
             They need do_sample. top_k=0, top_p=1.0 and min_p=0.0 keep every token, whatever the folder's file says.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or continuation.
         presence_penalty: is subtracted from the logits of tokens in the continuation.
+        no_repeat_ngram_size: no run of so many tokens comes twice in prompt and continuation; 0 = none is excluded.
+        min_new_tokens: end tokens are excluded before so many tokens, at most max_new_tokens; stop strings are not.
         num_beams: sequences that beam search keeps for each prompt; 1 = no beam search.
         length_penalty: a beam's score is its log-probability / (its new tokens ** length_penalty), 1.0 by default.
         early_stopping: True ends when num_beams sequences have ended; False (default) when no better one is likely;
@@ -80,7 +84,7 @@ def generate(
             "<|im_end|>", ends a row like eos_token_id. An empty list = none.
         tokenizer: has decode(ids, skip_special_tokens=True): fastattn.data's, tokenizers' or transformers'.
         logits_processor: functions of (ids so far (R, n), scores (R, V) float32) that return scores; they run after the
-            penalties, as in transformers.
+            penalties and exclusions, as in transformers.
         prompt_lookup_num_tokens: most tokens that are guessed from an earlier occurrence of the last ones and checked
             in one step, 0 = none. Guessing stops where it does not pay, which is timed in the run. The result is the
             same as without it: bit by bit with batch_invariant, else unless two logits are closer than rounding. Not
@@ -113,6 +117,8 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
         num_beams=num_beams,
         length_penalty=length_penalty,
         early_stopping=early_stopping,
@@ -182,7 +188,7 @@ def continuations(
         return
     copies, lookup = options.num_return_sequences, options.prompt_lookup_num_tokens
     repeated = _repeated(prompt, mask, copies)
-    chooser = Chooser(options, *repeated, model.config.vocab_size)
+    chooser = Chooser(options, *repeated, model.config.vocab_size, rows.ends)
     driver = driver_of(
         model, prompt, mask, options.max_new_tokens + lookup, copies, use_cache=options.use_cache,
         batch_invariant=options.batch_invariant, chunk_size=options.prefill_chunk_size,

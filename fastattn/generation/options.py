@@ -24,11 +24,12 @@ SCORING: dict[str, float] = {
 
 # What generation_config.json may hold beside end and padding tokens, which are read where those are settled.
 HONOURED = (
-    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams",
-    "length_penalty", "early_stopping", "num_return_sequences", "stop_strings", "prompt_lookup_num_tokens",
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram_size", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "num_return_sequences",
+    "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
+WITH_PROMPT = ("max_length", "min_length")  # stand for max_new_tokens and min_new_tokens, and count the prompt too
 NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # key -> its values without effect
-    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (None, 0)),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (None, 0)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (None, 0)),
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale", "num_beam_groups"), (None, 1)),
@@ -56,6 +57,8 @@ class Options:
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    min_new_tokens: int | None = None
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
@@ -98,6 +101,8 @@ class Options:
             min_p=float(given.min_p) if given.min_p else None,
             repetition_penalty=1.0 if given.repetition_penalty is None else float(given.repetition_penalty),
             presence_penalty=0.0 if given.presence_penalty is None else float(given.presence_penalty),
+            no_repeat_ngram_size=int(given.no_repeat_ngram_size or 0),
+            min_new_tokens=int(given.min_new_tokens or 0),
             num_beams=int(given.num_beams or 1),
             length_penalty=1.0 if given.length_penalty is None else float(given.length_penalty),
             early_stopping=given.early_stopping or False,
@@ -164,6 +169,8 @@ class Settled:
     min_p: float | None
     repetition_penalty: float
     presence_penalty: float
+    no_repeat_ngram_size: int
+    min_new_tokens: int
     num_beams: int
     length_penalty: float
     early_stopping: bool | str
@@ -193,14 +200,7 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
                 f"model.generation_config to generate without it"
             )
     named = {name: config[name] for name in HONOURED if config.get(name) is not None}
-    longest = config.get("max_length")
-    if "max_new_tokens" not in named and options.max_new_tokens is None and is_integer(longest):
-        if longest <= prompt_len:
-            raise ValueError(
-                f"generation_config: max_length: got {longest}, needs more than the {prompt_len} tokens of the prompt; "
-                f"max_new_tokens comes before it"
-            )
-        named["max_new_tokens"] = int(longest) - prompt_len
+    named = {**_from_lengths(options, config, prompt_len), **named}
     sampling = options.do_sample if options.do_sample is not None else named.get("do_sample", False)
     beams = options.num_beams if options.num_beams is not None else named.get("num_beams", 1)
     for names, used in (
@@ -215,6 +215,22 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
         raise type(error)(f"generation_config: {error}") from None
     missing = [field.name for field in fields(options) if getattr(options, field.name) is None]
     return replace(options, **{name: named[name] for name in missing if name in named})
+
+
+def _from_lengths(options: Options, config: Mapping[str, Any], prompt_len: int) -> dict[str, int]:
+    """max_new_tokens and min_new_tokens by a generation_config's lengths, which count the prompt too."""
+    longest, least = (config.get(name) for name in WITH_PROMPT)
+    made = {}
+    if is_integer(longest) and options.max_new_tokens is None and config.get("max_new_tokens") is None:
+        if longest <= prompt_len:
+            raise ValueError(
+                f"generation_config: max_length: got {longest}, needs more than the {prompt_len} tokens of the prompt; "
+                f"max_new_tokens comes before it"
+            )
+        made["max_new_tokens"] = int(longest) - prompt_len
+    if is_integer(least):
+        made["min_new_tokens"] = max(int(least) - prompt_len, 0)
+    return made
 
 
 Check = Callable[[str, Any], None]
@@ -291,6 +307,8 @@ _CHECKS: dict[str, Check] = {
     "min_p": _real("0 <= min_p <= 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": _real("a positive finite number", lambda x: x > 0),
     "presence_penalty": _real("a finite number", lambda x: True),
+    "no_repeat_ngram_size": _whole(0),
+    "min_new_tokens": _whole(0),
     "num_beams": _whole(1),
     "length_penalty": _real("-16 to 16, an exponent of a length", lambda x: -16 <= x <= 16),
     "early_stopping": _stopping,

@@ -51,7 +51,7 @@ class Rows:
     ) -> None:
         """prompt: (R, S), a row for each continuation; with_text: make the text, also without stop strings."""
         by_text = bool(options.stop_strings)
-        ends, self.pad = special_tokens(
+        self.ends, self.pad = special_tokens(
             model, options.eos_token_id, options.pad_token_id, by_text, options.stop_ids,
             several=len(prompt) > 1,
         )  # fmt: skip
@@ -62,7 +62,7 @@ class Rows:
                 RowText(options.tokenizer, row, options.stop_strings) for row in real_tokens(prompt, mask)
             ]
             texts = list(made)
-        self.rows = [Row(frozenset(ends), options.max_new_tokens, text) for text in texts]
+        self.rows = [Row(frozenset(self.ends), options.max_new_tokens, text) for text in texts]
         self.room = options.max_new_tokens
         self.unfinished = torch.tensor([not row.done for row in self.rows], device=prompt.device)
 

@@ -166,8 +166,10 @@ def check_sampling(body: Sampling, limits: ServeOptions) -> None:
         raise ApiError(400, f"n: got {body.n}, needs {limits.max_batch} at most", param="n")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: needs stream", param="stream_options")
-    if body.ignore_eos and body.response_format is not None:
-        raise ApiError(400, "ignore_eos: does not go with response_format", param="ignore_eos")
+    if body.response_format is not None:
+        for name in ("ignore_eos", "min_tokens", "no_repeat_ngram_size"):
+            if getattr(body, name):
+                raise ApiError(400, f"{name}: does not go with response_format", param=name)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if not all(stops):
         raise ApiError(400, "stop: got an empty text", param="stop")

@@ -37,6 +37,9 @@ def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens
 
 def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens: int) -> Options:
     vocab_size = model.engine.model.config.vocab_size
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        reason = f"got {body.min_tokens}, needs the {max_tokens} tokens that may be made at most"
+        raise ApiError(400, f"min_tokens: {reason}", param="min_tokens")
     processors: list[Any] = []
     if body.frequency_penalty:
         processors.append(FrequencyPenalty(len(model.engine.behind(prompt)), body.frequency_penalty))
@@ -63,6 +66,8 @@ def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_token
         prompt_lookup_num_tokens=0,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
+        no_repeat_ngram_size=body.no_repeat_ngram_size,
+        min_new_tokens=body.min_tokens,
         eos_token_id=() if body.ignore_eos else None,
         stop_strings=stops or None,
         tokenizer=model.tokenizer,

@@ -146,8 +146,8 @@ def test_options_in_config_json_count_where_a_folder_has_no_generation_config(tm
     assert torch.equal(GPT.from_pretrained(again).generate(IDS, MASK), made)
     config.write_text(json.dumps({**entries, "max_length": 20, "num_beams": 1}))  # nobody set these
     assert GPT.from_pretrained(tmp_path).generation_config is None
-    config.write_text(json.dumps({**entries, "no_repeat_ngram_size": 3}))
-    with pytest.raises(ValueError, match=r"^generation_config: no_repeat_ngram_size=3 is not computed here"):
+    config.write_text(json.dumps({**entries, "typical_p": 0.5}))
+    with pytest.raises(ValueError, match=r"^generation_config: typical_p=0.5 is not computed here"):
         GPT.from_pretrained(tmp_path).generate(IDS, MASK)
     outer = {"decoder": {"num_beams": 3, "length_penalty": 2.0}, "length_penalty": 0.5, "num_beams": 1}
     assert generation_of(tmp_path, outer, None) == {

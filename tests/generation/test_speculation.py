@@ -75,6 +75,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"eos_token_id": [7, 9, 11], "pad_token_id": 5},
     {"repetition_penalty": 1.05, "presence_penalty": 0.1},
+    {"no_repeat_ngram_size": 8, "min_new_tokens": 20, "eos_token_id": [7, 9, 11], "pad_token_id": 5},
     {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "seed": 3},
     {"do_sample": True, "temperature": 0.5, "seed": [1, 2, 3], "num_return_sequences": 2},
 ]

@@ -127,6 +127,8 @@ GENERATE_TAKES: dict[str, set[str]] = {
     "min_p": OPTIONAL | {"0"},
     "repetition_penalty": OPTIONAL | {"1.5", "huge"},
     "presence_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5", "huge"},
+    "no_repeat_ngram_size": OPTIONAL | {"0"},
+    "min_new_tokens": OPTIONAL | {"0"},
     "num_beams": OPTIONAL,
     "length_penalty": OPTIONAL | {"0", "-1", "1.5", "-0.5"},
     "early_stopping": OPTIONAL | {"True", "False"},

@@ -133,7 +133,8 @@ def test_one_step_of_training_is_theirs(
 
 
 @every_family
-def test_greedy_ids_are_theirs(name: str, both: tuple[Any, GPT]) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_greedy_and_beam_ids_are_theirs(name: str, beams: int, both: tuple[Any, GPT]) -> None:
     """Past the original length too. Dynamic scaling goes by the longest row of a batch in transformers, by each row's
     own length here, which for rows of one length is the same."""
     theirs, ours = both
@@ -141,10 +142,14 @@ def test_greedy_ids_are_theirs(name: str, both: tuple[Any, GPT]) -> None:
     if name != "dynamic":
         ids[0, :4] = mask[0, :4] = 0
         ids[2, :9] = mask[2, :9] = 0
-    options: dict[str, Any] = {"max_new_tokens": 2 * ORIGINAL, "eos_token_id": None}
-    expected = theirs.generate(ids, attention_mask=mask, do_sample=False, **options)
-    actual = ours.generate(ids, mask, max_new_tokens=2 * ORIGINAL, eos_token_id=[])
+    options: dict[str, Any] = {"max_new_tokens": 2 * ORIGINAL, "num_beams": beams}
+    expected = theirs.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=None, **options)
+    actual = ours.generate(ids, mask, eos_token_id=[], **options)
     assert torch.equal(actual, expected)
+    if beams > 1:
+        options["num_return_sequences"] = 2
+        expected = theirs.generate(ids, attention_mask=mask, do_sample=False, **options)  # ended by a token
+        assert torch.equal(ours.generate(ids, mask, **options), expected)
     assert len(set(actual[:, 10:].flatten().tolist())) > 4  # not one token over and over
 
 

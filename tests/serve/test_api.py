@@ -56,8 +56,10 @@ def test_a_completion_is_what_generate_makes(client: Any, folders: dict[str, Pat
 
 def test_sampling_options_reach_the_model(client: Any, folders: dict[str, Path]) -> None:
     options = {"top_p": 0.9, "top_k": 30, "seed": 5, "presence_penalty": 0.5, "repetition_penalty": 1.2}
-    _, made, tokenizer = alone(folders["gpt"], max_new_tokens=12, do_sample=True, temperature=0.7, **options)
-    found = complete(client, max_tokens=12, temperature=0.7, **options)
+    options["no_repeat_ngram_size"] = 1
+    said = {"do_sample": True, "temperature": 0.7, "min_new_tokens": 12}
+    _, made, tokenizer = alone(folders["gpt"], max_new_tokens=12, **said, **options)
+    found = complete(client, max_tokens=12, min_tokens=12, temperature=0.7, **options)
     assert found["choices"][0]["text"] == tokenizer.decode(made).rstrip("\ufffd")
 
 

@@ -26,7 +26,7 @@ def mixed() -> list[Asked]:
         ),
         Asked(random_ids(5, 4), do_sample=True, seed=7, top_k=5, max_new_tokens=12, repetition_penalty=1.3),
         Asked(common[:17] + random_ids(1, 5), scores=2, presence_penalty=0.5, max_new_tokens=25),
-        Asked(random_ids(30, 6), do_sample=False, max_new_tokens=10),
+        Asked(random_ids(30, 6), do_sample=False, max_new_tokens=10, no_repeat_ngram_size=2),
         Asked(common, do_sample=True, seed=11, max_new_tokens=9),
     ]
 

@@ -32,7 +32,7 @@ def texts(response: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_text_keeps_to_the_format(client: Any, path: str) -> None:
+def test_text_keeps_to_the_format(client: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xgrammar")
     form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
     for text in texts(ask(client, path, response_format=form, n=3)):
@@ -40,6 +40,10 @@ def test_text_keeps_to_the_format(client: Any, path: str) -> None:
         assert set(found) == {"open", "kind"}
         assert isinstance(found["open"], bool)
         assert found["kind"] in ("river", "tower")
+    # which would leave no token behind the format
+    model = client.app.state.models["chat"].engine.model
+    settings = {**(model.generation_config or {}), "min_new_tokens": 80, "no_repeat_ngram_size": 1}
+    monkeypatch.setattr(model, "generation_config", settings)
     form = {"type": "regex", "regex": EXPRESSION}
     written = texts(ask(client, path, response_format=form, n=3))
     assert all(re.fullmatch(EXPRESSION, text) for text in written), written
@@ -57,8 +61,9 @@ def test_formats_that_cannot_be_kept_to_are_refused(client: Any) -> None:
         response = ask(client, response_format=form)
         assert response.status_code == 400, form
         assert response.json()["error"]["param"] == "response_format"
-    response = ask(client, response_format={"type": "json_object"}, ignore_eos=True)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "ignore_eos")
+    for name, value in (("ignore_eos", True), ("min_tokens", 1), ("no_repeat_ngram_size", 2)):
+        response = ask(client, response_format={"type": "json_object"}, **{name: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
 def test_without_xgrammar_the_error_names_the_extra(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

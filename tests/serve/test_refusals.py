@@ -45,6 +45,12 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
         400,
         "context length",
     ),
+    "min_tokens": (
+        "/v1/completions",
+        {"model": "gpt", "prompt": "a", "max_tokens": 3, "min_tokens": 4},
+        400,
+        "min_tokens: got 4, needs the 3 tokens",
+    ),
     "long": ("/v1/completions", {"model": "gpt", "prompt": "a " * 300}, 400, "context length"),
     "logprobs": ("/v1/completions", {"model": "gpt", "prompt": "a", "logprobs": 21}, 400, "logprobs"),
     "n": ("/v1/completions", {"model": "gpt", "prompt": "a", "n": 9}, 400, "n: got 9"),

@@ -60,7 +60,7 @@ def test_a_folder_whose_settings_no_request_can_have_is_refused_at_the_start(tmp
     serve_cases.save_gpt(tmp_path / "gpt")
     settings = tmp_path / "gpt" / "generation_config.json"
     for wrong in (
-        {"no_repeat_ngram_size": 3},
+        {"typical_p": 0.5},
         {"temperature": -1.0, "do_sample": True},
         {"eos_token_id": "a"},
     ):
@@ -77,11 +77,12 @@ def test_values_that_keep_all_tokens_beat_the_folders(tmp_path: Path, top_k: int
     models = served.load_all([tmp_path / "gpt"], ServeOptions())
     body = {"prompt": "the river", "seed": 1, "max_tokens": 8}
     neutral = {"top_k": top_k, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "repetition_penalty": 1.0}
+    neutral |= {"no_repeat_ngram_size": 0, "min_tokens": 0}
     with serve_cases.client_of(models) as client:
         plain = client.post("/v1/completions", json=body).json()["choices"]
         models["gpt"].engine.model.generation_config = {
             "top_k": 1, "top_p": 0.01, "min_p": 1.0, "temperature": 5.0, "repetition_penalty": 3.0,
-            "prompt_lookup_num_tokens": 3,
+            "prompt_lookup_num_tokens": 3, "no_repeat_ngram_size": 1, "min_length": 30,
         }  # fmt: skip
         found = client.post("/v1/completions", json={**body, **neutral}).json()["choices"]
         assert client.post("/v1/completions", json=body).json()["choices"] != plain

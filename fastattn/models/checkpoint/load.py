@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastattn.generation.options import HONOURED, NOT_COMPUTED
+from fastattn.generation.options import HONOURED, NOT_COMPUTED, WITH_PROMPT
 from fastattn.models.checkpoint.folder import CONFIG, GENERATION, Tensors, open_weights, read_json
 from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.checkpoint.int8 import is_int8, widened
@@ -26,6 +26,7 @@ from fastattn.nn.uninitialised import Uninitialised
 # Values of generation's options that old files hold although nobody set them.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "max_length": (20,),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), (0,)),
     **dict.fromkeys(("num_return_sequences", "num_beams", "temperature", "top_p"), (1,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
     **dict.fromkeys(("do_sample", "early_stopping"), (False,)),
@@ -93,7 +94,7 @@ def generation_of(folder: Path, entries: Mapping[str, Any], config: Any) -> dict
         name: value
         for part in ((inner if isinstance(inner, Mapping) else {}), entries)
         for name, value in part.items()
-        if (name in HONOURED or name in NOT_COMPUTED or name == "max_length")
+        if (name in HONOURED or name in NOT_COMPUTED or name in WITH_PROMPT)
         and value is not None
         and value not in NOT_COMPUTED.get(name, DEFAULTS.get(name, ()))
     }

@@ -181,8 +181,12 @@ class Continuation:
             text = RowText(request.tokenizer, request.behind, settled.stop_strings)
         self.row = Row(frozenset(ends), settled.max_new_tokens, text)
         if request.constraint is not None:
-            settled = replace(settled, logits_processor=(*settled.logits_processor, request.constraint()))
-        self.chooser = Chooser(settled, prompt, None, model.config.vocab_size)
+            # the folder's exclusions may leave no token that the format allows
+            settled = replace(
+                settled, logits_processor=(*settled.logits_processor, request.constraint()), min_new_tokens=0,
+                no_repeat_ngram_size=0,
+            )  # fmt: skip
+        self.chooser = Chooser(settled, prompt, None, model.config.vocab_size, ends)
         if self.chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
             assert isinstance(settled.seed, int)
             self.chooser.draws = Draws([(settled.seed, index)], prompt.device)
