@@ -188,7 +188,10 @@ def explain_kv_cache(
     call = KVCacheCall(*args)
     check_memory(call)
     check_values(call)
-    return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend)
+    options["window"] = plan.sides(options.get("window"))
+    tensors = (query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin)
+    outlook = plan.outlook(*tensors, alibi_slopes, sinks, *options.values())
+    return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend, outlook)
 
 
 def call_arguments(

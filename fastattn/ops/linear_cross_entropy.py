@@ -163,11 +163,13 @@ def explain_linear_cross_entropy(
     """
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown, "explain_linear_cross_entropy")
+    outlook = plan.outlook(hidden, weight, target, bias, class_weight)
     rows, weight, bias, flat, ignore_index, *_ = _linear_arguments(
         hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, class_weight, z_loss
     )
     check_values(flat, weight.shape[0], ignore_index)
-    return backends.explanation(_linear_passes(rows, weight, _needs(rows, weight, bias), reduction), "auto")
+    passes = _linear_passes(rows, weight, _needs(rows, weight, bias), reduction)
+    return backends.explanation(passes, "auto", outlook)
 
 
 def _linear_arguments(
