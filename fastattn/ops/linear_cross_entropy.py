@@ -186,10 +186,10 @@ def _linear_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of `linear_cross_entropy`, checked, in the order of LinearCrossEntropyCall's fields, and the
     losses' shape."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None or name != "bias":
-            arguments.check_tensor(name, tensor)
-            arguments.check_floating(name, tensor)
+    given = [("hidden", hidden), ("weight", weight)]
+    for name, tensor in given if bias is None else [*given, ("bias", bias)]:
+        arguments.check_tensor(name, tensor)
+        arguments.check_floating(name, tensor)
     hidden = loss_arguments.autocast(hidden)
     if not loss_arguments.stays_wide(weight, hidden):
         weight = loss_arguments.autocast(weight)
