@@ -373,24 +373,6 @@ def test_without_versions_none_is_known(lacking: Callable[..., None]) -> None:
     assert torch_compat.version_of(x) is None
 
 
-def test_what_records_a_call_is_told_or_that_it_cannot_be(lacking: Callable[..., None]) -> None:
-    assert torch_compat.what_records() is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch_compat.what_records() == "autocast is on"
-    lacking("torch._C._is_any_autocast_enabled")
-    assert torch_compat.what_records() == "this torch does not tell what records a call"
-
-
-def test_without_the_engines_word_no_node_will_run(lacking: Callable[..., None]) -> None:
-    x, seen = torch.ones(1, requires_grad=True) * 2, []
-    node, other = x.grad_fn, (x * 3).grad_fn
-    x.register_hook(lambda grad: seen.append([torch_compat.will_execute(n) for n in (node, other)]))
-    (x * 5).backward(retain_graph=True)
-    lacking("torch._C._will_engine_execute_node")
-    (x * 5).backward()
-    assert seen == [[True, False], [False, False]]
-
-
 @pytest.mark.parametrize("symbol", [s for s in SYMBOLS if "flash_attention" in s and "for_cpu" not in s])
 def test_without_flash_ops_there_is_nothing_to_override(symbol: str, lacking: Callable[..., None]) -> None:
     lacking(symbol)

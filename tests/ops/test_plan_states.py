@@ -139,6 +139,8 @@ def test_where_the_state_cannot_be_told_there_is_no_plan(monkeypatch: pytest.Mon
     for _ in range(3):
         fastattn.attention(*tensors)
     assert plan.count() == 0
+    said = "not planned: this torch does not tell what records a call"
+    assert fastattn.explain(*tensors).plan == said
 
 
 class Mine(Tensor):
