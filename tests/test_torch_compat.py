@@ -373,16 +373,6 @@ def test_without_versions_none_is_known(lacking: Callable[..., None]) -> None:
     assert torch_compat.version_of(x) is None
 
 
-def test_without_the_engines_word_no_node_will_run(lacking: Callable[..., None]) -> None:
-    x, seen = torch.ones(1, requires_grad=True) * 2, []
-    node, other = x.grad_fn, (x * 3).grad_fn
-    x.register_hook(lambda grad: seen.append([torch_compat.will_execute(n) for n in (node, other)]))
-    (x * 5).backward(retain_graph=True)
-    lacking("torch._C._will_engine_execute_node")
-    (x * 5).backward()
-    assert seen == [[True, False], [False, False]]
-
-
 @pytest.mark.parametrize("symbol", [s for s in SYMBOLS if "flash_attention" in s and "for_cpu" not in s])
 def test_without_flash_ops_there_is_nothing_to_override(symbol: str, lacking: Callable[..., None]) -> None:
     lacking(symbol)

@@ -66,6 +66,8 @@ class Explanation:
         weights_refusals: as refusals, of the weights.
         weights_backward: the backend of the weights' gradients; None where there are none.
         weights_backward_refusals: as refusals, of the weights' gradients.
+        plan: "planned" where calls of this kind run, from the third on, without checks and choices that were made
+            before; else "not planned: " and the reason. None where it was not asked for.
     """
 
     backend: str
@@ -79,6 +81,7 @@ class Explanation:
     weights_refusals: tuple[tuple[str, str], ...] = ()
     weights_backward: str | None = None
     weights_backward_refusals: tuple[tuple[str, str], ...] = ()
+    plan: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain types, for JSON; refusals as a dict from backend to reason."""
@@ -94,6 +97,7 @@ class Explanation:
             "weights_refusals": dict(self.weights_refusals),
             "weights_backward": self.weights_backward,
             "weights_backward_refusals": dict(self.weights_backward_refusals),
+            "plan": self.plan,
             "spec": spec,
         }
 
@@ -106,6 +110,9 @@ class Explanation:
             rows.append(("weights", self.weights, ""))
         if self.weights_backward:
             rows.append(("weights backward", self.weights_backward, ""))
+        if self.plan:
+            planned, _, reason = self.plan.partition(": ")
+            rows.append(("plan", planned, reason))
         rows += [("not", name, reason) for name, reason in self.refusals]
         for said, refusals in (
             ("backward not", self.backward_refusals),
@@ -198,7 +205,7 @@ def check_has(name: str, function: str) -> None:
         raise RuntimeError(f"backend={name!r} cannot run this call: {reason}")
 
 
-def explanation(passes: Mapping[str, Spec], name: str) -> Explanation:
+def explanation(passes: Mapping[str, Spec], name: str, plan: str | None = None) -> Explanation:
     """The choices of `select` for a call's passes, and why; `passes` as in `select_all`, the forward first."""
     found = {_kind_of(function): _explain_pass(spec, name, function) for function, spec in passes.items()}
     forward = found["forward"]
@@ -209,7 +216,7 @@ def explanation(passes: Mapping[str, Spec], name: str) -> Explanation:
     return Explanation(
         forward.backend, forward.tiles, forward.refusals, next(iter(passes.values())), backward.backend,
         backward.tiles, backward.refusals, weights.backend, weights.refusals, weights_backward.backend,
-        weights_backward.refusals,
+        weights_backward.refusals, plan,
     )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ class KVCache:
             return out
         if query.dtype != self.keys.dtype and not torch.is_autocast_enabled(query.device.type):
             raise TypeError(f"cache: got {self.keys.dtype}, needs the query's {query.dtype}")
-        held = self.length
+        before = self.length
         keys, values = self.append(key, value)
         try:
             if lengths is not None:
@@ -131,7 +131,7 @@ class KVCache:
                 query, keys, values, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p, **options
             )
         except BaseException:
-            self.length = held
+            self.length = before
             raise
 
     def _end_of(self, key: Tensor, value: Tensor) -> int:

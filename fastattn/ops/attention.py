@@ -219,6 +219,7 @@ def explain(
         RuntimeError: the named backend cannot run the call.
     """
     spelling.check(options, attention, "explain")
+    given = options | {"window": plan.sides(options.get("window"))}
     options.pop("return_lse", None)
     weights = options.pop("return_weights", False)
     arguments.check_returned_weights(weights)
@@ -226,7 +227,10 @@ def explain(
     arguments.check_backend(backend)
     call = AttentionCall(*args)
     check_values(call)
-    return backends.explanation(_passes(call, bool(weights)), backend)
+    outlook = plan.outlook(query, key, value, *given.values())
+    if weights and outlook == "planned":
+        outlook = "not planned: weights are returned"
+    return backends.explanation(_passes(call, bool(weights)), backend, outlook)
 
 
 def _passes(call: AttentionCall, weights: bool) -> dict[str, AttentionSpec]:

@@ -157,7 +157,8 @@ def explain_cross_entropy(
         logits, target, ignore_index, label_smoothing, reduction, class_weight, z_loss
     )
     check_values(flat, rows.shape[1], ignore_index)
-    return backends.explanation(_passes(rows, reduction != "none" and makes_gradient(rows)), "auto")
+    made = reduction != "none" and makes_gradient(rows)
+    return backends.explanation(_passes(rows, made), "auto", plan.outlook(logits, target, class_weight))
 
 
 def _arguments(

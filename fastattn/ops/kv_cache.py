@@ -188,7 +188,10 @@ def explain_kv_cache(
     call = KVCacheCall(*args)
     check_memory(call)
     check_values(call)
-    return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend)
+    options["window"] = plan.sides(options.get("window"))
+    tensors = (query, k_cache, v_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin)
+    outlook = plan.outlook(*tensors, alibi_slopes, sinks, *options.values())
+    return backends.explanation({"kv_cache_fwd": spec_of(call)}, backend, outlook)
 
 
 def call_arguments(
@@ -208,14 +211,14 @@ def call_arguments(
     **options: Any,
 ) -> tuple[Any, ...]:
     """The public arguments, checked and put in the order of KVCacheCall's fields."""
-    tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache, "key": key, "value": value}
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("key", "value"):
-            continue
-        arguments.check_tensor(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: got shape {arguments.shape_of(tensor)}, needs 4 dimensions")
-    tensors |= {
+    operands = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
+    operands |= {name: t for name, t in (("key", key), ("value", value)) if t is not None}
+    for name, operand in operands.items():
+        arguments.check_tensor(name, operand)
+        if operand.dim() != 4:
+            raise ValueError(f"{name}: got shape {arguments.shape_of(operand)}, needs 4 dimensions")
+    tensors: dict[str, Tensor | None] = {
+        **operands,
         "rotary_cos": rotary_cos,
         "rotary_sin": rotary_sin,
         "alibi_slopes": alibi_slopes,

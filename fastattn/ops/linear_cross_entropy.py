@@ -163,11 +163,13 @@ def explain_linear_cross_entropy(
     """
     if unknown:
         raise spelling.unexpected(linear_cross_entropy, unknown, "explain_linear_cross_entropy")
+    outlook = plan.outlook(hidden, weight, target, bias, class_weight)
     rows, weight, bias, flat, ignore_index, *_ = _linear_arguments(
         hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, class_weight, z_loss
     )
     check_values(flat, weight.shape[0], ignore_index)
-    return backends.explanation(_linear_passes(rows, weight, _needs(rows, weight, bias), reduction), "auto")
+    passes = _linear_passes(rows, weight, _needs(rows, weight, bias), reduction)
+    return backends.explanation(passes, "auto", outlook)
 
 
 def _linear_arguments(
@@ -184,10 +186,10 @@ def _linear_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of `linear_cross_entropy`, checked, in the order of LinearCrossEntropyCall's fields, and the
     losses' shape."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None or name != "bias":
-            arguments.check_tensor(name, tensor)
-            arguments.check_floating(name, tensor)
+    given = [("hidden", hidden), ("weight", weight)]
+    for name, tensor in given if bias is None else [*given, ("bias", bias)]:
+        arguments.check_tensor(name, tensor)
+        arguments.check_floating(name, tensor)
     hidden = loss_arguments.autocast(hidden)
     if not loss_arguments.stays_wide(weight, hidden):
         weight = loss_arguments.autocast(weight)

@@ -128,7 +128,37 @@ _ON_ANY_ADDRESS = ("auto", backends.torch_backend.NAME)
 
 def sides(window: Any) -> Any:
     """A window as a key holds it, with the types of its sides."""
-    return (*window, *map(type, window)) if type(window) is tuple else window
+    return (*window, *map(type, window)) if type(window) is tuple or type(window) is list else window
+
+
+def outlook(*arguments: Any) -> str:
+    """ "planned" for a call with these arguments, or "not planned: " and the reason; what `look_up` does, in words."""
+    given: list[Any] = []
+    for argument in arguments:
+        pair = type(argument) is tuple and any(isinstance(part, Tensor) for part in argument)
+        given += argument if pair else [argument]
+    reason = _why_not([each for each in given if isinstance(each, Tensor)], given)
+    return "planned" if reason is None else f"not planned: {reason}"
+
+
+def _why_not(tensors: list[Tensor], given: list[Any]) -> str | None:
+    if switches.plans_are_off():
+        return f"{switches.VARIABLE} switches {switches.PLAN} off"
+    if plain.chosen or plain.wanted():
+        return "plain_torch, an export or a trace is on"
+    for kind in map(type, tensors):
+        if kind not in _PLAIN:
+            return f"an operand is of class {kind.__name__}"
+    for each in given:
+        try:
+            hash(each)
+        except TypeError:
+            return f"an argument of class {type(each).__name__} has no hash"
+    if (what := torch_compat.what_records()) is not None:
+        return what
+    if torch_compat.state_of_call(tensors) is None:
+        return "an operand is not a plain tensor of its device"
+    return None
 
 
 def without_number(others: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -183,7 +183,8 @@ def explain_softmax(
         raise spelling.unexpected(softmax, unknown, "explain_softmax")
     args = call_arguments(x, dim, scale, mask, causal, log)
     arguments.check_backend(backend)
-    return backends.explanation(_passes(SoftmaxCall(*args)), backend)
+    outlook = plan.outlook(x, mask, dim, scale) if x.dim() else "not planned: x has no dimension"
+    return backends.explanation(_passes(SoftmaxCall(*args)), backend, outlook)
 
 
 def _passes(call: SoftmaxCall) -> dict[str, SoftmaxSpec]:

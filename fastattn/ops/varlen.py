@@ -177,7 +177,9 @@ def explain_varlen(
     arguments.check_backend(backend)
     call = VarlenCall(*args)
     check_values(call)
-    return backends.explanation(_passes(call), backend)
+    options["window"] = plan.sides(options.get("window"))
+    outlook = plan.outlook(query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes, *options.values())
+    return backends.explanation(_passes(call), backend, outlook)
 
 
 def _passes(call: VarlenCall) -> dict[str, AttentionSpec]:

@@ -56,6 +56,7 @@ from .state import (
     state_of_call,
     tensor_guard,
     transforms_active,
+    what_records,
     will_execute,
 )
 
@@ -114,5 +115,6 @@ __all__ = [
     "torch_sdpa",
     "transforms_active",
     "version_of",
+    "what_records",
     "will_execute",
 ]

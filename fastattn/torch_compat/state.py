@@ -68,6 +68,24 @@ def nothing_records() -> bool:
     )
 
 
+def what_records() -> str | None:
+    """What `only_autograd_records` is False for, in words; None where it is True.
+
+    Fallback: that this torch does not tell.
+    """
+    if not _CAN_TELL_STATE:
+        return "this torch does not tell what records a call"
+    found = (
+        (torch.compiler.is_compiling(), "the call is compiled"),
+        (_autocast_anywhere(), "autocast is on"),
+        (forward_ad._current_level >= 0, "forward-mode AD is on"),
+        (_function_modes(), "a torch function mode is on"),
+        (_profiler_enabled(), "a profiler is on"),
+        (_keys_of_thread().raw_repr() not in _PLAIN_THREAD_KEYS, "a mode, transform or trace is on"),
+    )
+    return next((what for is_on, what in found if is_on), None)
+
+
 def only_autograd_records() -> bool:
     """Whether a call of plain tensors is seen by autograd alone: no mode, transform, trace or profiler is active, no
     autocast, and forward-mode AD has given no tensor a tangent.

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import fastattn
-from fastattn import backends, spec
+from fastattn import backends, spec, torch_compat
 from fastattn.backends import switches
 from fastattn.backends.torch.dense import NARROW_FUSED_BWD_MIN_KEYS
 from fastattn.backends.torch.whole_rows import ELEMENTS
@@ -44,9 +44,10 @@ def explanation() -> backends.Explanation:
 
 
 def test_in_words(explanation: backends.Explanation) -> None:
-    first, second, *rest = str(explanation).splitlines()
+    first, second, third, *rest = str(explanation).splitlines()
     assert first == f"backend: torch ({explanation.tiles})"
     assert second == f"backward: torch ({explanation.backward_tiles})"
+    assert third == "plan: planned"
     assert rest == [f"not {name}: {reason}" for name, reason in explanation.refusals]
     assert len(rest) == len(FUSED)
     assert "blockwise" in first
@@ -116,6 +117,61 @@ def test_what_runs_on_a_cpu_is_said(name: str) -> None:
     assert explanation.tiles.startswith(forward)
     assert explanation.backward_tiles is not None
     assert explanation.backward_tiles.startswith(backward)
+
+
+ONE, SEVERAL = "one query: ", "matrix products with all keys up to 16 queries"
+KERNEL = "torch's fused CPU kernel with one thread"
+# (queries, key heads, dtype, threads): the start of what `explain`, and of a cache `explain_kv_cache`, says
+OF_ONE_QUERY = [
+    (1, 2, torch.float32, 2, f"{ONE}matrix products"),
+    (1, 2, torch.float32, 1, f"{ONE}{KERNEL}"),
+    (
+        1,
+        4,
+        torch.bfloat16,
+        1,
+        f"{ONE}{KERNEL} up to {2**17 // 8} keys of all key heads, beyond matrix products",
+    ),
+    (5, 4, torch.float32, 1, SEVERAL),
+]
+
+
+@pytest.mark.parametrize(("queries", "kv_heads", "dtype", "threads", "said"), OF_ONE_QUERY)
+def test_what_runs_one_query_is_said(
+    queries: int, kv_heads: int, dtype: torch.dtype, threads: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q, cache = torch.randn(2, 4, queries, 8).to(dtype), torch.zeros(2, kv_heads, 9, 8, dtype=dtype)
+    lengths = torch.tensor([5, 9], dtype=torch.int32)
+    assert (fastattn.explain_kv_cache(q, cache, cache.clone(), lengths).tiles or "").startswith(said)
+    if queries == 1:
+        kernel = "cpu_flash_attention"
+        called: list[int] = []
+        real = getattr(torch_compat, kernel)
+        monkeypatch.setattr(torch_compat, kernel, lambda *args: called.append(1) or real(*args))
+        fastattn.attention_kv_cache(q, cache, cache.clone(), lengths)
+        assert bool(called) == (KERNEL in said)
+        assert (fastattn.explain(q, cache, cache).tiles or "").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({}, "each sequence by itself: torch's fused", "sequences of up to 32 keys and "),
+        (
+            {"dropout_p": 0.1},
+            f"sequences of up to {ELEMENTS} weights",
+            f"sequences of up to {ELEMENTS} weights",
+        ),
+        ({"softcap": 2.0}, "each sequence by itself: blockwise", "each sequence by itself: blockwise"),
+    ],
+    ids=str,
+)
+def test_what_runs_packed_sequences_is_said(options: dict[str, Any], forward: str, backward: str) -> None:
+    packed = [t.flatten(0, 1) for t in qkv(grad=True)]
+    explanation = fastattn.explain_varlen(*packed, ENDS, ENDS, **options)
+    assert (explanation.tiles or "").startswith(forward)
+    assert (explanation.backward_tiles or "").startswith(backward)
 
 
 def test_the_other_ops_are_explained_too() -> None:

@@ -139,3 +139,93 @@ def test_where_the_state_cannot_be_told_there_is_no_plan(monkeypatch: pytest.Mon
     for _ in range(3):
         fastattn.attention(*tensors)
     assert plan.count() == 0
+    said = "not planned: this torch does not tell what records a call"
+    assert fastattn.explain(*tensors).plan == said
+
+
+class Mine(Tensor):
+    pass
+
+
+Calls = tuple[Callable[..., Any], Callable[..., backends.Explanation], dict[str, Any]]
+CACHE = {"k_cache": torch.zeros(2, 2, 9, 8), "v_cache": torch.zeros(2, 2, 9, 8)}
+ENDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+EXPLAINED: dict[str, Calls] = {
+    "attention": (
+        fastattn.attention, fastattn.explain, dict(zip(("query", "key", "value"), heads(torch.float32)))
+    ),
+    "varlen": (
+        fastattn.attention_varlen, fastattn.explain_varlen,
+        {**dict.fromkeys(("query", "key", "value"), torch.randn(5, 2, 8)), "cu_seqlens_q": ENDS, "cu_seqlens_k": ENDS},
+    ),
+    "kv_cache": (
+        fastattn.attention_kv_cache, fastattn.explain_kv_cache,
+        {"query": torch.randn(2, 4, 1, 8), **CACHE, "cache_lengths": torch.tensor([3, 4], dtype=torch.int32)},
+    ),
+    "softmax": (fastattn.softmax, fastattn.explain_softmax, {"x": torch.randn(3, 4)}),
+    "cross_entropy": (
+        fastattn.cross_entropy, fastattn.explain_cross_entropy,
+        {"logits": torch.randn(5, 4), "target": torch.arange(5) % 4},
+    ),
+    "linear_cross_entropy": (
+        fastattn.linear_cross_entropy, fastattn.explain_linear_cross_entropy,
+        {"hidden": torch.randn(5, 8), "weight": torch.randn(4, 8), "target": torch.arange(5) % 4},
+    ),
+}  # fmt: skip
+UNPLANNED = {
+    "autocast": "autocast is on",
+    "dispatch mode": "a mode, transform or trace is on",
+    "function mode": "a torch function mode is on",
+    "profiler": "a profiler is on",
+    "plain torch": "plain_torch, an export or a trace is on",
+    "forward AD": "forward-mode AD is on",
+    "plans switched off": "FASTATTN_DISABLE switches plan off",
+}
+
+
+def assert_outlook(calls: Calls, more: dict[str, Any], hits: list[bool]) -> str:
+    """What `explain` says of the plan, which calls of this kind then make or not."""
+    op, explain, arguments = calls
+    said = explain(**arguments, **more).plan
+    assert said is not None
+    for _ in range(3):
+        with contextlib.suppress(RuntimeError):  # under forward-mode AD a cache is refused
+            op(**arguments, **more)
+    assert (hits or [False] * 3) == [False, False, said == "planned"]  # for some calls none is looked up
+    return said
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("state", [*STATES, "plans switched off"])
+@pytest.mark.parametrize("op", EXPLAINED)
+def test_explain_says_whether_a_call_has_a_plan(op: str, state: str, hits: list[bool]) -> None:
+    plan.clear()
+    states = {**STATES, "plans switched off": lambda: torch_states.variable("FASTATTN_DISABLE", "plan")}
+    with states[state]():
+        said = assert_outlook(EXPLAINED[op], {}, hits)
+    assert said == (f"not planned: {UNPLANNED[state]}" if state in UNPLANNED else "planned")
+
+
+WITH_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "window as a list": ("attention", {"window": [3, 0]}, "planned"),
+    "window as a list, varlen": ("varlen", {"window": [3, 0]}, "planned"),
+    "window as a list, kv_cache": ("kv_cache", {"window": [3, None]}, "planned"),
+    "segments": ("attention", {"segment_ids": torch.zeros(2, 12, dtype=torch.int32)}, "planned"),
+    "a pair": ("attention", {"segment_ids": (torch.zeros(2, 12).int(), torch.zeros(2, 12).int())}, "planned"),
+    "a list": (
+        "attention", {"segment_ids": [torch.zeros(2, 12).int()] * 2},
+        "not planned: an argument of class list has no hash",
+    ),
+    "weights": ("attention", {"return_weights": True}, "not planned: weights are returned"),
+    "subclass": (
+        "softmax", {"mask": torch.ones(4).bool().as_subclass(Mine)}, "not planned: an operand is of class Mine"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITH_OPTIONS)
+def test_explain_says_which_arguments_have_no_plan(case: str, hits: list[bool]) -> None:
+    plan.clear()
+    op, options, expected = WITH_OPTIONS[case]
+    assert assert_outlook(EXPLAINED[op], options, hits) == expected
+    assert fastattn.explain_softmax(torch.ones(())).plan == "not planned: x has no dimension"

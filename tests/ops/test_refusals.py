@@ -232,7 +232,9 @@ def test_an_operand_that_is_no_tensor_is_refused_by_name(op: Op, state: str, wro
         for call in (op.call, op.explain):
             with modes.get(state, nullcontext()), pytest.raises((TypeError, ValueError)) as refused:
                 call(**tensors | {name: wrong})
-            assert str(refused.value).startswith(f"{name}: got {type(wrong).__name__.replace('Type', '')}"), name
+            assert str(refused.value).startswith(f"{name}: got {type(wrong).__name__.replace('Type', '')}"), (
+                name
+            )
             assert isinstance(refused.value, TypeError) != optional
 
 

@@ -14,7 +14,7 @@ from fastattn.backends.torch.cross_entropy import (
     linear_cross_entropy_fwd,
     read_targets,
 )
-from fastattn.backends.torch.kv_cache import kv_cache_fwd
+from fastattn.backends.torch.kv_cache import kv_cache_fwd, kv_cache_tiles
 from fastattn.backends.torch.softmax import (
     softmax_bwd,
     softmax_bwd_plan,
@@ -22,7 +22,7 @@ from fastattn.backends.torch.softmax import (
     softmax_fwd_plan,
     softmax_tiles,
 )
-from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan
+from fastattn.backends.torch.varlen import varlen_bwd, varlen_fwd, varlen_fwd_plan, varlen_tiles
 from fastattn.backends.torch.whole_call import (
     attention_bwd_plan,
     attention_fwd_plan,
@@ -45,6 +45,7 @@ __all__ = [
     "cross_entropy_fwd",
     "kv_cache_fwd",
     "kv_cache_fwd_plan",
+    "kv_cache_tiles",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "masked_fwd_plan",
@@ -58,6 +59,7 @@ __all__ = [
     "varlen_bwd",
     "varlen_fwd",
     "varlen_fwd_plan",
+    "varlen_tiles",
     "why_not",
 ]
 

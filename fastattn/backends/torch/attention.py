@@ -57,10 +57,10 @@ from fastattn.strides import empty_in_order, in_order
 
 def tiles(spec: AttentionSpec) -> str:
     """The implementation of a tile, and its rows and columns."""
-    if ragged_query.can_run(spec):
-        return "one query: matrix products with all keys"
+    if ragged_query.can_run(spec) and not spec.backward:
+        return single_query.tiles(spec)
     usual = f"blockwise softmax in torch operations, {ROW_BLOCK}x{COL_BLOCK}"
-    if torch_kernel.can_run(spec):
+    if torch_kernel.can_run(spec) and not (spec.backward and spec.single_query):
         usual = f"torch's fused CPU kernel, {FUSED_ROW_BLOCK} rows at a time along a window or mask"
     narrow_bwd = spec.backward and spec.dtype.itemsize < 4
     if not (spec.dropout or narrow_bwd):

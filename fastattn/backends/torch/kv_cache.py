@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.torch import single_query
-from fastattn.backends.torch.attention import attention_fwd, with_sinks
+from fastattn.backends.torch.attention import attention_fwd, tiles, with_sinks
 from fastattn.integers import cdiv
 from fastattn.rotary import rotated_at
 from fastattn.spec import (
@@ -17,6 +17,17 @@ from fastattn.spec import (
     accumulation_dtype,
 )
 from fastattn.strides import empty_in_order, in_order, with_adjacent_columns
+
+
+def kv_cache_tiles(spec: AttentionSpec) -> str:
+    """The implementation of a few queries, and of more."""
+    usual, causal = tiles(spec), spec.causal != "none"
+    if spec.single_query or not single_query.keeps_scores(spec):
+        return usual
+    if spec.causal == "top_left" or spec.window_left or (spec.window_right and not causal):
+        return usual
+    most = f"{single_query.MOST_QUERIES} queries and {single_query.MOST_SCORES} scores of a sequence"
+    return f"matrix products with all keys up to {most}, beyond {usual}"
 
 
 def kv_cache_fwd(spec: AttentionSpec, call: KVCacheCall) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,22 @@ def keeps_scores(spec: AttentionSpec) -> bool:
     return spec.device == "cpu" and not changed
 
 
+def tiles(spec: AttentionSpec) -> str:
+    """What computes one query with the threads that there are now."""
+    most = 0
+    if torch.get_num_threads() == 1:
+        wide = accumulation_dtype(spec.dtype)
+        most = most_fused_keys(1, spec.group_size, spec.head_dim, spec.value_dim, wide, 1.0)
+        if wide != spec.dtype:
+            most = min(most, FEW_ELEMENTS // spec.head_dim)
+    products, kernel = "matrix products with all keys", "torch's fused CPU kernel with one thread"
+    if not most:
+        return f"one query: {products}"
+    if most == sys.maxsize:
+        return f"one query: {kernel}"
+    return f"one query: {kernel} up to {most} keys of all key heads, beyond {products}"
+
+
 def are_few(num_heads: int, queries: int, keys: int, causal: bool) -> bool:
     """Whether queries of one sequence are few enough for one product; each must see a key. Independent of the batch
     size, so that a sequence has the same bits in any batch."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
-from fastattn.backends.torch import fused, short, single_query
-from fastattn.backends.torch.attention import attention_bwd, attention_fwd
+from fastattn.backends.torch import fused, short, single_query, whole_rows
+from fastattn.backends.torch.attention import attention_bwd, attention_fwd, tiles
 from fastattn.spec import (
     AttentionCall,
     AttentionGrads,
@@ -22,6 +22,16 @@ from fastattn.spec import (
 from fastattn.strides import empty_in_order, in_order
 
 Planned = Callable[[Tensor, Tensor, Tensor, list[int], list[int]], "tuple[Tensor, Tensor] | None"]
+
+
+def varlen_tiles(spec: AttentionSpec) -> str:
+    """The implementation of short sequences and of the others."""
+    usual = f"each sequence by itself: {tiles(spec)}"
+    if not short.can_run(spec) or not (spec.dropout or spec.backward):
+        return usual
+    most, fewer = f"{whole_rows.ELEMENTS} weights of all heads", short.fewer_keys_bwd(spec)
+    most = most if fewer is None else f"{fewer - 1} keys and {most}"
+    return f"sequences of up to {most} together, as dense matrix products; beyond {usual}"
 
 
 def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
