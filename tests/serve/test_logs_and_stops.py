@@ -148,3 +148,22 @@ def test_attention_that_waits_at_a_stop_is_answered(folders: dict[str, Path]) ->
     (answer,) = answers
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_step_that_does_not_end_holds_no_stop_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, begun, over = make_engine(make_model(), pages=8), threading.Event(), threading.Event()
+    monkeypatch.setattr("fastattn.serve.engine.worker.JOIN_SECONDS", 0.05)
+    refused: list[Exception] = []
+    engine.start()
+    engine.call(lambda: begun.set() or over.wait(60.0), refused.append)  # type: ignore[func-returns-value]
+    assert begun.wait(30.0)
+    engine.call(lambda: None, refused.append)
+    engine.stop()
+    assert engine.alive
+    assert "fastattn-engine did not end within" in caplog.text
+    assert [type(error) for error in refused] == [Overloaded]
+    over.set()
+    assert engine._thread is not None
+    engine._thread.join(30.0)

@@ -73,7 +73,11 @@ class NoTokenLeft(ValueError):
     """A request's penalties, biases or format leave no token to choose, though the model's logits are finite."""
 
 
-UNLOGGED = (DeadlineError, Overloaded, NoTokenLeft)  # errors of a request that are no fault of the server's
+class FormatTooSlow(ValueError):
+    """The tokens that a request's format allows are not found in the time that a token may take."""
+
+
+UNLOGGED = (DeadlineError, Overloaded, NoTokenLeft, FormatTooSlow)  # no fault of the server's
 
 
 class FrequencyPenalty:
