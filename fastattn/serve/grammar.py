@@ -130,7 +130,8 @@ class GrammarMask:
         import xgrammar
 
         self.apply = xgrammar.apply_token_bitmask_inplace
-        self.matcher = xgrammar.GrammarMatcher(compiled)
+        self.begin = lambda: xgrammar.GrammarMatcher(compiled)
+        self.matcher: Any = None  # which takes time as a mask does
         self.mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
         self.in_time = in_time
         self.seen: int | None = None  # tokens of prompt and continuation that the matcher knows
@@ -153,6 +154,8 @@ class GrammarMask:
 
     def _follow(self, tokens: list[int]) -> bool:
         """Take the tokens over and fill the mask; whether it leaves any out."""
+        if self.matcher is None:
+            self.matcher = self.begin()
         for token in tokens:
             if not self.matcher.accept_token(token):
                 raise RuntimeError("a token was made that the format does not allow")
