@@ -180,8 +180,10 @@ def prompts_of(body: CompletionBody, model: Decoder, limits: ServeOptions) -> li
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
-    if not given or len(given) > limits.max_inputs:
-        raise ApiError(400, f"prompt: got {len(given)}, needs 1 to {limits.max_inputs}", param="prompt")
+    most = max(limits.max_inputs // body.n, 1)
+    if not given or len(given) > most:
+        each = f" with n of {body.n}" if body.n > 1 else ""
+        raise ApiError(400, f"prompt: got {len(given)}, needs 1 to {most}{each}", param="prompt")
     return [_prompt(each, model) for each in given]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from fastattn.data import DataError
 from fastattn.data.encoding import InputTokenizer
-from fastattn.serve.engine.requests import DeadlineError, Overloaded
+from fastattn.serve.engine.requests import UNLOGGED, DeadlineError, Overloaded
 from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
@@ -25,7 +27,8 @@ class Job:
     Args:
         examples: as `predict` takes them, with the tokens of each.
         options: of `predict`; jobs with equal ones run together.
-        on_done: called once in the worker's thread, with the predictions in their order or an error.
+        on_done: called once in the worker's thread, with the predictions in their order or an error, which is a
+            DataError where the examples are at fault.
     """
 
     examples: list[dict[str, Any]]
@@ -122,6 +125,10 @@ class EncoderWorker(Worker):
         if chosen:
             self._run(chosen)
             self.read_tokens += total
+            last = chosen[-1][0]
+            if last in self._jobs:  # it was cut, so that the others have their turn
+                self._jobs.remove(last)
+                self._jobs.append(last)
 
     def _run(self, chosen: list[tuple[Job, int]]) -> None:
         examples = [each for job, stop in chosen for each in job.examples[len(job.results) : stop]]
@@ -130,14 +137,11 @@ class EncoderWorker(Worker):
             found = self.task.predict(self.model, self.tokenizer, examples, **options)
         except Exception as error:
             if len(chosen) > 1:  # whose it is shows when each runs alone
+                error.__traceback__ = None  # its frames hold the batch's tensors, and memory may be short
                 for each in chosen:
                     self._run([each])
                 return
-            job = chosen[0][0]
-            self._jobs.remove(job)
-            if not isinstance(error, ValueError):
-                log.error("a request failed", exc_info=error)
-            job.done(error)
+            self._fail(chosen[0][0], error)
             return
         self.batches += 1
         self.texts += len(examples)
@@ -145,6 +149,29 @@ class EncoderWorker(Worker):
             count = stop - len(job.results)
             job.results += found[:count]
             del found[:count]
+            if not is_finite(job.results[-count:]):
+                self._fail(
+                    job, RuntimeError("model: its predictions are not finite; look for NaN in its weights")
+                )
+                continue
             if len(job.results) == len(job.examples):
                 self._jobs.remove(job)
                 job.done(job.results)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error, which is the server's unless the examples are at fault."""
+        self._jobs.remove(job)
+        if not isinstance(error, (DataError, *UNLOGGED)):
+            log.error("a request failed", exc_info=error)
+        job.done(error)
+
+
+def is_finite(found: Any) -> bool:
+    """Whether no number in predictions, which are lists, dicts, texts and numbers, is NaN or infinite."""
+    if isinstance(found, float):
+        return math.isfinite(found)
+    if isinstance(found, list) and found and isinstance(found[0], float):
+        return all(map(math.isfinite, found))
+    if isinstance(found, (list, dict)):
+        return all(map(is_finite, found.values() if isinstance(found, dict) else found))
+    return True

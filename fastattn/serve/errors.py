@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastattn.data import DataError
 from fastattn.serve.engine.requests import UNLOGGED, DeadlineError, Overloaded
 
 TYPES = {
@@ -63,6 +64,6 @@ def of_exception(error: Exception) -> ApiError:
 
 def of_failure(error: Exception) -> ApiError:
     """What a client is told of an error while its request ran: what it asked for was checked before, so that a value
-    that is wrong now is the model's or the server's."""
-    known = isinstance(error, (ApiError, *UNLOGGED))
+    that is wrong now is the model's or the server's, unless it is a DataError of the client's texts."""
+    known = isinstance(error, (ApiError, DataError, *UNLOGGED))
     return of_exception(error if known else RuntimeError())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.data import Tokenizer
+from fastattn.data import DataError, Tokenizer
 from fastattn.data.encoding import InputTokenizer
 from fastattn.models import GPT, Bert
 from fastattn.nn.modes import evaluating
@@ -33,13 +33,14 @@ def attention_maps(
         weights: base64 of little-endian 16-bit integers in that shape; 65535 stands for 1.
 
     Raises:
-        ValueError: the text holds no token, or a decoder got a pair.
+        DataError: the text holds no token, or a decoder got a pair.
+        RuntimeError: the weights are not finite.
     """
     device = next(model.parameters()).device
     options: dict[str, Any] = {"output_attentions": True}
     if isinstance(model, GPT):
         if text_pair is not None:
-            raise ValueError("text_pair: a decoder reads one text")
+            raise DataError("text_pair: a decoder reads one text")
         assert isinstance(tokenizer, Tokenizer)
         every = tokenizer.encode(text)
         most = min(MAX_TOKENS, model.max_positions or MAX_TOKENS)
@@ -57,10 +58,12 @@ def attention_maps(
         if model.config.type_vocab_size > 1:
             options["token_type_ids"] = torch.tensor([row.types], device=device)
     if not ids:
-        raise ValueError("text: holds no token")
+        raise DataError("text: holds no token")
     with torch.inference_mode(), evaluating(model):
         attentions = model(torch.tensor([ids], device=device), **options).attentions
     weights = torch.cat([layer.float().cpu() for layer in attentions])  # (layers, heads, S, S)
+    if not weights.isfinite().all():
+        raise RuntimeError("model: its attention weights are not finite; look for NaN in its parameters")
     whole = (weights * 65535).round().to(torch.int32).numpy().astype("<u2")
     return {
         "tokens": tokens,

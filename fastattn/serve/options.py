@@ -21,7 +21,7 @@ class ServeOptions:
         page_size: tokens of a page of them; a CPU is fastest with a multiple of 64.
         batch_tokens: tokens of texts that an encoder reads at the same time.
         max_body: most bytes of a request.
-        max_inputs: most prompts or texts of a request.
+        max_inputs: most texts of a request, and most prompts times `n`.
         timeout: seconds after which a request fails.
         drain: seconds that running requests get to finish when the server is told to stop.
         api_key: what clients have to show as bearer; None = nothing.

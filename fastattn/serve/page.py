@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fastattn.data import DataError
 from fastattn.serve.completions import check_text
-from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.errors import ApiError, of_exception, of_failure
 from fastattn.serve.http import unless_gone
 from fastattn.serve.maps import attention_maps
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import AttentionBody
 from fastattn.serve.served import Decoder, Encoder
 
+log = logging.getLogger("fastattn.serve")
 FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -73,7 +76,9 @@ async def attention(
             tokenizer = model.tokenizer if isinstance(model, Decoder) else model.worker.tokenizer
             found = attention_maps(owner.model, tokenizer, body.text, body.text_pair)
         except Exception as error:
-            loop.call_soon_threadsafe(settle, answer.set_exception, of_exception(error))
+            if not isinstance(error, DataError):
+                log.error("a request failed", exc_info=error)
+            loop.call_soon_threadsafe(settle, answer.set_exception, of_failure(error))
         else:
             loop.call_soon_threadsafe(settle, answer.set_result, found)
 

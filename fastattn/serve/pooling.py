@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from fastattn.console import InputError
 from fastattn.serve.completions import check_text, dialogue_ids
 from fastattn.serve.encoders import Job
-from fastattn.serve.errors import ApiError, of_exception
+from fastattn.serve.errors import ApiError, of_exception, of_failure
 from fastattn.serve.http import new_id, unless_gone
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import ClassifyBody, EmbeddingBody, PredictBody, RerankBody, TokenizeBody
@@ -42,7 +42,7 @@ async def run(
         if answer.done():
             return
         if isinstance(result, Exception):
-            answer.set_exception(of_exception(result))
+            answer.set_exception(of_failure(result))
         else:
             answer.set_result(result)
 

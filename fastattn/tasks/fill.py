@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.data import DataError
 from fastattn.data.encoding import MASK_SPELLINGS, InputTokenizer, Row
 from fastattn.models import BertForMaskedLM, BertForPreTraining
 from fastattn.tasks.batches import BATCH_SIZE, max_tokens, run, wide
@@ -31,8 +32,8 @@ def encode(tokenizer: InputTokenizer, texts: Sequence[str], longest: int) -> lis
     """The tokens of texts in which [MASK], <mask> or the tokenizer's own mask token stands for a missing word.
 
     Raises:
-        ValueError: the tokenizer has no mask token, or a text has none within its first `longest` tokens; the message
-            has the text's number, from 1 on.
+        ValueError: the tokenizer has no mask token.
+        DataError: a text has none within its first `longest` tokens; the message has its number, from 1 on.
     """
     if tokenizer.mask_token is None or tokenizer.mask_id is None:
         raise ValueError("tokenizer: has no mask token")
@@ -43,7 +44,7 @@ def encode(tokenizer: InputTokenizer, texts: Sequence[str], longest: int) -> lis
     for number, row in enumerate(rows, 1):
         if tokenizer.mask_id not in row.ids:
             among = f" among the first {longest} tokens" if row.cut else ""
-            raise ValueError(f"text {number}: holds no {tokenizer.mask_token}{among}")
+            raise DataError(f"text {number}: holds no {tokenizer.mask_token}{among}")
     return rows
 
 
@@ -69,7 +70,8 @@ def predict(
         tokens}; score is the token's probability.
 
     Raises:
-        ValueError: the tokenizer has no mask token, or a text has none within what the model reads.
+        ValueError: the tokenizer has no mask token.
+        DataError: a text has none within what the model reads.
     """
     rows = encode(tokenizer, [e["text"] for e in examples], max_tokens(model, tokenizer))
 

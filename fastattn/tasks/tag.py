@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -360,12 +361,17 @@ def predict(
     Returns:
         For each example {"entities": [{"entity", "start", "end", "score", "text"}, ...], "cut": the number of truncated
         tokens}; start and end (exclusive) count characters.
+
+    Raises:
+        ValueError: the model's logits are not finite.
     """
     rows = tokenizer.encode([e["text"] for e in examples], max_tokens(model, tokenizer))
 
     def take(outputs: Any, place: int, index: int) -> list[dict[str, Any]]:
         row = rows[index]
         labels = labels_of(outputs.logits[place, : len(row.ids)], model.config)
+        if not all(math.isfinite(score) for _, score in labels):
+            raise ValueError("model: its logits are not finite; look for NaN or infinite weights")
         return decode(labels, row, examples[index]["text"])
 
     found = run(model, rows, batch_size, take)

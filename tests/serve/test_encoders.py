@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from fastattn.data import DataError
 from fastattn.serve.encoders import EncoderWorker, Job
 from fastattn.serve.engine.requests import DeadlineError, Overloaded
 
 
 class Task:
-    """Gives each text back; refuses "bad"."""
+    """Gives each text back; refuses "bad", fails for "broken", and has no finite score for "nan"."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -23,8 +24,12 @@ class Task:
         self.calls.append(texts)
         assert options["batch_size"] == len(texts)
         if "bad" in texts:
-            raise ValueError("bad text")
-        return [{"text": text} for text in texts]
+            raise DataError("bad text")
+        if "broken" in texts:
+            raise ValueError("a size within the model")
+        return [
+            {"text": text, "score": [{"of": float(text)}] if text in ("nan", "inf") else 1} for text in texts
+        ]
 
 
 def job_of(*texts: str, tokens: int = 1, **more: Any) -> tuple[Job, list[Any]]:
@@ -52,9 +57,9 @@ def test_texts_of_several_requests_run_together_up_to_their_tokens() -> None:
     worker.step()
     assert (task.calls, texts(told_a), told_b) == ([["a", "b", "c"]], ["a", "b"], [])
     worker.step()
-    assert (task.calls[1], texts(told_b), told_c) == (["d", "e", "f"], list("cdef"), [])
+    assert (task.calls[1], told_b, texts(told_c)) == (["g"], [], ["g"])
     worker.step()
-    assert (task.calls[2], texts(told_c)) == (["g"], ["g"])
+    assert (task.calls[2], texts(told_b)) == (["d", "e", "f"], list("cdef"))
     assert worker.stats()["waiting"] == 0
     assert (worker.stats()["texts"], worker.stats()["prompt_tokens"]) == (7, 15)
 
@@ -68,15 +73,43 @@ def test_a_text_larger_than_a_batch_runs_alone() -> None:
     assert (task.calls, texts(told)) == ([["a"], ["b"]], ["a", "b"])
 
 
-def test_a_request_that_is_refused_fails_alone() -> None:
-    worker, _ = make()
-    (good, told_good), (bad, told_bad) = job_of("a"), job_of("b", "bad")
-    for job in (good, bad):
+def test_a_large_request_lets_the_others_have_their_turn() -> None:
+    worker, task = make(batch_tokens=8)
+    large, told_large = job_of(*"abcdef", tokens=8)
+    (small, told_small), (other, told_other) = job_of("g"), job_of("h", "i", tokens=8)
+    for job in (large, small, other):
         worker.submit(job)
     worker.step()
-    assert texts(told_good) == ["a"]
-    assert isinstance(told_bad[0], ValueError)
+    worker.step()
+    assert texts(told_small) == ["g"]
+    while worker.busy:
+        worker.step()
+    assert task.calls == [["a"], ["g"], ["h"], ["b"], ["i"], ["c"], ["d"], ["e"], ["f"]]
+    assert (texts(told_large), texts(told_other)) == (list("abcdef"), ["h", "i"])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "logged"),
+    [
+        ("bad", DataError, ""),
+        ("broken", ValueError, "a size within the model"),
+        ("nan", RuntimeError, "predictions are not finite"),
+        ("inf", RuntimeError, "predictions are not finite"),
+    ],
+)
+def test_a_request_that_is_refused_or_fails_does_so_alone(
+    text: str, kind: type[Exception], logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _ = make()
+    (good, told_good), (bad, told_bad), (after, told_after) = job_of("a"), job_of("b", text), job_of("c")
+    for job in (good, bad, after):
+        worker.submit(job)
+    worker.step()
+    assert (texts(told_good), texts(told_after)) == (["a"], ["c"])
+    assert type(told_bad[0]) is kind
     assert worker.stats()["waiting"] == 0
+    assert logged in caplog.text
+    assert bool(caplog.text) == bool(logged)
 
 
 def test_late_and_cancelled_requests_are_dropped_and_a_full_queue_refuses() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import pytest
 import torch
@@ -231,58 +230,6 @@ def test_a_request_that_fails_fails_alone() -> None:
     good, bad = mixed(), Asked(random_ids(4, 9), logits_processor=broken, max_new_tokens=20)
     run(make_engine(model, pages=9, max_batch=4), bad, *good)
     assert "not finite" in str(bad.error)
-    for each in good:
-        assert [each.tokens()] == each.alone(model)
-
-
-def test_out_of_memory_makes_the_latest_request_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    engine = make_engine(model, pages=40)
-    compute, calls = engine.batch.decoder.run, []
-
-    def scarce(parts: Any, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        calls.append(len(tokens))
-        if len(tokens) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return compute(parts, tokens, *others)
-
-    monkeypatch.setattr(engine.batch.decoder, "run", scarce)
-    asked = [Asked(random_ids(5, i), max_new_tokens=6) for i in range(3)]
-    run(engine, *asked)
-    assert max(calls) == 3
-    for each in asked:
-        assert [each.tokens()] == each.alone(model)
-
-
-def test_out_of_memory_alone_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(make_model(), pages=20)
-
-    def none(*_: object) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(engine.batch.decoder, "run", none)
-    asked = Asked(random_ids(5, 1), max_new_tokens=6)
-    run(engine, asked)
-    assert isinstance(asked.error, torch.OutOfMemoryError)
-
-
-def test_an_error_of_a_pass_ends_the_request_that_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    engine = make_engine(model, pages=40)
-    compute = engine.batch.decoder.run
-    bad = Asked([7, 7, 7], max_new_tokens=6)
-    good = [Asked(random_ids(5 + 9 * i, i), max_new_tokens=6) for i in range(3)]
-
-    def breaks(parts: Any, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        if any(part.ids.tolist() == bad.prompt for part in parts):
-            raise RuntimeError("broken")
-        return compute(parts, tokens, *others)
-
-    monkeypatch.setattr(engine.batch.decoder, "run", breaks)
-    engine.submit(good[0].request)
-    engine._step()  # it decodes while the others are read
-    run(engine, bad, *good[1:])
-    assert str(bad.error) == "broken"
     for each in good:
         assert [each.tokens()] == each.alone(model)
 

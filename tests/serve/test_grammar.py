@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
+from concurrent.futures import TimeoutError as TooLate
 from typing import Any
 
 import pytest
+
+from fastattn.serve.in_time import InTime
+from fastattn.serve.repetitions import nested_repetitions
+
+pytest.importorskip("fastapi")
+
+from fastattn.serve.grammar import GrammarMask
 
 SCHEMA = {
     "type": "object",
@@ -73,3 +82,80 @@ def test_without_xgrammar_the_error_names_the_extra(client: Any, monkeypatch: py
     response = ask(client, model="gpt", response_format={"type": "json_object"})
     assert response.status_code == 400
     assert "fastattn[grammar]" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "product"),
+    [
+        ("(((a?){50}){50}){50}", 125_000),
+        ("(?:(?:(?:a|){50}){50,}){2,50}x", 125_000),
+        ("(b|((a*){30}c{0}){40})", 1200),
+        ("((^a{0,50}){50}$){50", 2500),
+        (r"(([)\]]?){9}\(?){9}", 81),
+        ("([a-z]{1,20} ){1,100}", 1),
+        (r"(\w{0,20} ){0,100}", 100),
+        ("(((a){50}){50}){50}", 1),
+        ("a{0,100000}", 1000),
+        ("{5}|)(", 1),
+    ],
+)
+def test_counts_within_each_other_are_multiplied_where_they_may_be_empty(
+    expression: str, product: int
+) -> None:
+    assert nested_repetitions(expression) == product
+
+
+NESTED = "(((a?){50}){50}){50}"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "regex", "regex": NESTED},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": NESTED}}},
+        {"type": "json_schema", "json_schema": {"schema": {"anyOf": [{"patternProperties": {NESTED: {}}}]}}},
+    ],
+)
+def test_an_expression_that_would_stop_all_other_requests_is_refused(client: Any, form: Any) -> None:
+    pytest.importorskip("xgrammar")
+    response = ask(client, response_format=form)
+    assert response.status_code == 400
+    assert "the product 125000, needs 1000 at most" in response.json()["error"]["message"]
+
+
+def test_a_mask_that_takes_too_long_ends_its_request_and_the_next_gets_a_thread_of_its_own() -> None:
+    in_time, over = InTime(0.05), threading.Event()
+    with pytest.raises(TooLate):
+        in_time(lambda: over.wait(30.0))
+    in_time.seconds = 30.0
+    assert in_time(lambda: 3) == 3
+    over.set()
+    with pytest.raises(RuntimeError, match="broken"):
+        in_time(broken)
+    assert in_time(lambda: 4) == 4
+
+
+def broken() -> None:
+    raise RuntimeError("broken")
+
+
+def test_a_slow_mask_is_the_requests_fault_and_is_not_logged(
+    client: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    chat = client.app.state.models["chat"]
+
+    class Slow(GrammarMask):
+        def __init__(self) -> None:
+            self.in_time, self.seen = InTime(0.05), None
+
+        def _follow(self, tokens: list[int]) -> bool:
+            return over.wait(30.0)
+
+    monkeypatch.setattr(chat.grammars, "constraint", lambda asked: Slow if asked else None)
+    response = ask(client, response_format={"type": "json_object"}, n=3)
+    over.set()
+    assert response.status_code == 400
+    assert "not found within" in response.json()["error"]["message"]
+    assert not caplog.text
+    assert ask(client, max_tokens=2).status_code == 200

@@ -20,7 +20,7 @@ from fastattn.serve.encoders import EncoderWorker, Job
 from fastattn.serve.engine import TargetEngine
 from fastattn.serve.engine.requests import Overloaded
 from fastattn.serve.options import ServeOptions
-from fastattn.serve.served import load_all
+from fastattn.serve.served import Encoder, load_all
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
@@ -65,6 +65,53 @@ def test_a_model_that_fails_is_the_servers_fault_and_logged(
     assert stream or answer.status_code == 500
     assert "not finite" in caplog.text
     assert "secret" not in caplog.text
+
+
+NAN_BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "embeddings": ("embed", {"input": "a secret"}),
+    "embeddings in base64": ("embed", {"input": ["a secret"], "encoding_format": "base64"}),
+    "rerank": ("embed", {"query": "a secret", "documents": ["b"]}),
+    "rerank by a score": ("score", {"query": "a secret", "documents": ["b"]}),
+    "classify": ("classify", {"input": "a secret"}),
+    "predict": ("tag", {"data": [{"text": "a secret"}]}),
+    "attention": ("embed", {"text": "a secret"}),
+    "attention of a decoder": ("gpt", {"text": "a secret"}),
+}
+
+
+@pytest.mark.parametrize("case", NAN_BODIES)
+def test_numbers_that_are_not_finite_are_the_servers_fault_and_logged(
+    folders: dict[str, Path], case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, body = NAN_BODIES[case]
+    models = load_all([folders[name]], ServeOptions())
+    model = models[name]
+    for weight in (model.model if isinstance(model, Encoder) else model.engine.model).parameters():
+        weight.data.fill_(float("nan"))
+    path = case.split()[0]
+    with client_of(models, ServeOptions()) as one:
+        answer = one.post("/v1/embeddings" if path == "embeddings" else f"/{path}", json=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "not finite" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_an_error_within_an_encoder_is_the_servers_fault_and_logged(
+    client: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("input: a size within the model")
+
+    model = client.app.state.models["embed"].model
+    for module in (model, model.bert):
+        monkeypatch.setattr(module, "forward", broken)
+    for path, body in (("/v1/embeddings", {"input": "a"}), ("/attention", {"text": "a"})):
+        caplog.clear()
+        answer = client.post(path, json={"model": "embed", **body})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "a size within the model" in caplog.text
+    answer = client.post("/attention", json={"model": "gpt", "text": "a", "text_pair": "b"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text_pair")
 
 
 def test_options_that_leave_no_token_are_the_clients_fault(
@@ -148,3 +195,22 @@ def test_attention_that_waits_at_a_stop_is_answered(folders: dict[str, Path]) ->
     (answer,) = answers
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "shutting_down"
+
+
+def test_a_step_that_does_not_end_holds_no_stop_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, begun, over = make_engine(make_model(), pages=8), threading.Event(), threading.Event()
+    monkeypatch.setattr("fastattn.serve.engine.worker.JOIN_SECONDS", 0.05)
+    refused: list[Exception] = []
+    engine.start()
+    engine.call(lambda: begun.set() or over.wait(60.0), refused.append)  # type: ignore[func-returns-value]
+    assert begun.wait(30.0)
+    engine.call(lambda: None, refused.append)
+    engine.stop()
+    assert engine.alive
+    assert "fastattn-engine did not end within" in caplog.text
+    assert [type(error) for error in refused] == [Overloaded]
+    over.set()
+    assert engine._thread is not None
+    engine._thread.join(30.0)

@@ -170,6 +170,17 @@ def test_prompts_of_a_body_are_taken_together_where_the_queue_has_room(kind: str
     assert len(answer.json()["choices"]) == 20
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n", "part"), [(5, 2, "1 to 4 with n of 2"), (10, 1, "1 to 9"), (4, 2, "")]
+)
+def test_prompts_times_n_are_limited(prompts: int, n: int, part: str, folders: dict[str, Path]) -> None:
+    options = ServeOptions(max_inputs=9)
+    with serve_cases.client_of(load_all([folders["gpt"]], options), options) as client:
+        answer = client.post("/v1/completions", json={"prompt": ["a"] * prompts, "n": n, "max_tokens": 1})
+    assert answer.status_code == (400 if part else 200), answer.text
+    assert part in answer.text
+
+
 def test_a_deep_error_names_its_place(client: Any) -> None:
     message = {"role": "user", "content": "hi", "colour": "red"}
     error = client.post("/v1/chat/completions", json={"model": "chat", "messages": [message]}).json()["error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,49 @@ def test_an_error_of_a_batch_ends_the_request_that_it_is_of(
     run(engine, good, bad)
     assert str(bad.error) == "broken"
     assert [good.tokens()] == alone(folder, good.prompt, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), RuntimeError("broken")])
+def test_a_step_that_fails_for_a_batch_goes_on_for_each_request_alone(
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = EncoderDecoder.from_pretrained(folder)
+    engine, encode = TargetEngine(model), model.continuation
+    steps: list[int] = []
+
+    def scarce(*given: Any) -> Any:
+        target, start = encode(*given)
+        make = target.decoder
+
+        def decoder(rows: int, *more: Any, **options: Any) -> Any:
+            made = make(rows, *more, **options)
+            step = made.step
+
+            def one(tokens: torch.Tensor) -> torch.Tensor:
+                steps.append(rows)
+                if rows > 2 and steps.count(rows) == 3:
+                    raise error
+                return step(tokens)
+
+            made.step = one
+            return made
+
+        return SimpleNamespace(decoder=decoder), start
+
+    monkeypatch.setattr(model, "continuation", scarce)
+    asked = [
+        Asked(random_ids(9, 1), do_sample=False, max_new_tokens=8),
+        Asked(random_ids(4, 2), do_sample=True, seed=3, copies=2, max_new_tokens=7, repetition_penalty=1.3),
+        Asked(random_ids(6, 3), do_sample=False, max_new_tokens=2),
+    ]
+    run(engine, *asked)
+    monkeypatch.undo()
+    for each in asked:
+        copies = each.request.copies
+        own = {**each.options, **({"num_return_sequences": copies} if copies > 1 else {})}
+        assert each.error is None
+        assert [each.tokens(i) for i in range(copies)] == alone(folder, each.prompt, **own)
+        assert sum(out.finish is not None for out in each.outputs) == copies
 
 
 def test_what_does_not_fit_is_refused(folder: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.nn.modes import evaluating
-from fastattn.serve.engine.requests import Overloaded, Request
-from fastattn.serve.engine.steps import Batch, refuse_unreadable
+from fastattn.serve.engine.requests import Overloaded, Request, refuse_unreadable
+from fastattn.serve.engine.steps import Batch
 from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
@@ -114,6 +114,8 @@ class Engine(Worker):
             Overloaded: the queue is full before the first of them, or the engine is closing.
             ValueError, TypeError: a prompt or an option does not fit the model. None is taken then.
         """
+        with self._changed:
+            self._admit(self.queued)  # before any work for those that are refused
         for request in requests:
             self._settle(request)
         with self._changed:
@@ -125,7 +127,7 @@ class Engine(Worker):
             self._changed.notify()
 
     def _settle(self, request: Request) -> None:
-        refuse_unreadable(self.model, request.prompt)
+        refuse_unreadable(request.prompt, self.vocab_size)
         request.settle(self.model)
         assert request.settled is not None
         wanted = len(request.prompt) + request.settled.max_new_tokens

@@ -6,13 +6,14 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastattn.generation.choosing import NOT_FINITE, Chooser
 from fastattn.generation.options import Options, Settled
-from fastattn.generation.protocol import CausalLM, Decodes
+from fastattn.generation.protocol import CausalLM, Decodes, GenerationError
 from fastattn.generation.rows import Row
 from fastattn.generation.sampling import Draws, LogitsProcessor
 from fastattn.generation.stopping import special_tokens
@@ -73,7 +74,11 @@ class NoTokenLeft(ValueError):
     """A request's penalties, biases or format leave no token to choose, though the model's logits are finite."""
 
 
-UNLOGGED = (DeadlineError, Overloaded, NoTokenLeft)  # errors of a request that are no fault of the server's
+class FormatTooSlow(ValueError):
+    """The tokens that a request's format allows are not found in the time that a token may take."""
+
+
+UNLOGGED = (DeadlineError, Overloaded, NoTokenLeft, FormatTooSlow)  # no fault of the server's
 
 
 class FrequencyPenalty:
@@ -162,34 +167,22 @@ class Request:
         if settled.seed is None:
             settled = replace(settled, seed=secrets.randbits(63))
         self.settled = settled
-        prompt = torch.tensor([list(self.behind)], device="cpu")
-        device = next(model.parameters()).device  # type: ignore[attr-defined]
-        self.sequences = [Continuation(self, copy, model, prompt.to(device)) for copy in range(self.copies)]
+        self.sequences = [Continuation(self, copy, model) for copy in range(self.copies)]
         self.unfinished = self.copies
 
 
 class Continuation:
     """One continuation of a request: its tokens, how they are chosen, and the pages that hold its keys and values."""
 
-    def __init__(self, request: Request, index: int, model: CausalLM, prompt: Tensor) -> None:
+    def __init__(self, request: Request, index: int, model: CausalLM) -> None:
         settled = request.settled
         assert settled is not None
-        self.request, self.index = request, index
+        self.request, self.index, self.model = request, index, model
         ends, _ = special_tokens(model, settled.eos_token_id, settled.pad_token_id, stop_ids=settled.stop_ids)
         text = None
         if request.tokenizer is not None:
             text = RowText(request.tokenizer, request.behind, settled.stop_strings)
         self.row = Row(frozenset(ends), settled.max_new_tokens, text)
-        if request.constraint is not None:
-            # the folder's exclusions may leave no token that the format allows
-            settled = replace(
-                settled, logits_processor=(*settled.logits_processor, request.constraint()), min_new_tokens=0,
-                no_repeat_ngram_size=0,
-            )  # fmt: skip
-        self.chooser = Chooser(settled, prompt, None, model.config.vocab_size, ends)
-        if self.chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
-            assert isinstance(settled.seed, int)
-            self.chooser.draws = Draws([(settled.seed, index)], prompt.device)
         self.prompt = request.behind
         self.made: list[int] = []  # chosen tokens, those of a stop string included
         self.scores: list[TokenScore] = []  # of those not given yet
@@ -199,6 +192,25 @@ class Continuation:
         self.held = 0  # tokens in the cache
         self.names: list[bytes] | None = None  # of the full pages of the prompt, once they are needed
         self.order = (0, 0)
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """What chooses its tokens; made with the first one, as its tensors have the size of the vocabulary."""
+        settled = self.request.settled
+        assert settled is not None
+        if self.request.constraint is not None:
+            # the folder's exclusions may leave no token that the format allows
+            settled = replace(
+                settled, logits_processor=(*settled.logits_processor, self.request.constraint()), min_new_tokens=0,
+                no_repeat_ngram_size=0,
+            )  # fmt: skip
+        device = next(self.model.parameters()).device  # type: ignore[attr-defined]
+        prompt = torch.tensor([list(self.prompt)], device=device)
+        chooser = Chooser(settled, prompt, None, self.model.config.vocab_size, sorted(self.row.ends))
+        if chooser.draws is not None:  # the continuations of a prompt draw from streams of their own
+            assert isinstance(settled.seed, int)
+            chooser.draws = Draws([(settled.seed, self.index)], device)
+        return chooser
 
     @property
     def wanted(self) -> int:
@@ -239,6 +251,7 @@ class Continuation:
                 self.scores += scores_of(logits, [token], top)
         news = self.news()
         if row.done:
+            vars(self).pop("chooser", None)  # a body's requests are kept until the last one is finished
             stopped = bool(row.text is not None and row.text.found) or bool(
                 self.made and self.made[-1] in row.ends
             )
@@ -267,3 +280,11 @@ def scores_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScor
         likeliest = list(zip(best.indices.tolist(), best.values.tolist()))
         scores.append(TokenScore(token, float(row[token]), likeliest))
     return scores
+
+
+def refuse_unreadable(prompt: Sequence[int], vocab_size: int) -> None:
+    """ValueError for a prompt without tokens, or with ids beyond the vocabulary."""
+    if not prompt:
+        raise ValueError("prompt: got no token, needs one at least")
+    if not all(0 <= token < vocab_size for token in prompt):
+        raise GenerationError(f"prompt: got a token id outside 0 to {vocab_size - 1}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastattn.generation.choosing import greedy
-from fastattn.generation.protocol import GenerationError
 from fastattn.integers import cdiv
 from fastattn.models import GPT
 from fastattn.models.paged import PagedDecoder
@@ -134,9 +133,12 @@ class Batch:
             for page in found:
                 self.pool.hold(page)
             each.pages, each.held = found, len(found) * self.page_size
-            self._copy_shared_part(each)
+            self._run(each)  # first, so that an error of the copy ends the request
+            try:
+                self._copy_shared_part(each)
+            except Exception as error:
+                self.fail(each.request, error)
             self.shared_tokens += each.held
-            self._run(each)
 
     def _run(self, each: Continuation) -> None:
         self.running.append(each)
@@ -154,12 +156,15 @@ class Batch:
             if source is None:
                 continue
             self.pool.hold(source)  # else it may be the one that is taken
-            if self.pool.available:
-                page = self.pool.take()
-                self.decoder.copy_page(source, page)
-                each.pages.append(page)
-                each.held = end * self.decoder.chunk_size
-            self.pool.release(source)
+            try:
+                if self.pool.available:
+                    each.pages.append(self.pool.take())
+                    self.decoder.copy_page(source, each.pages[-1])
+                    each.held = end * self.decoder.chunk_size
+            except (torch.OutOfMemoryError, MemoryError):
+                pass  # the part is read instead
+            finally:
+                self.pool.release(source)
             return
 
     def _shareable(self, each: Continuation) -> list[bytes]:
@@ -182,6 +187,13 @@ class Batch:
         else:
             self.fail(request, error)
 
+    def _failed(self, error: Exception, request: Request) -> None:
+        """What one request alone ran into ends it, but for a lack of memory, which others may cause."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            self._out_of_memory(error, request)
+        else:
+            self.fail(request, error)
+
     def _read_again(self, each: Continuation) -> int:
         """Compute the next chunk of what was made before a preemption; how many tokens that were."""
         chunk = self.decoder.chunk_size
@@ -192,10 +204,8 @@ class Batch:
         try:
             ids = torch.tensor(tokens, device=self.device)
             self.decoder.append_several(ids, each.held, self._table([each]))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            self._out_of_memory(error, each.request)
         except Exception as error:
-            self.fail(each.request, error)
+            self._failed(error, each.request)
         else:
             each.held = end
         return len(tokens)
@@ -289,6 +299,8 @@ class Batch:
         if any(each.plain for each in those):
             likeliest = greedy(logits).tolist()
         for place, each in enumerate(those):
+            if each not in self.running:  # another continuation of its request failed just now
+                continue
             each.held += 1
             row = logits[place : place + 1]
             try:
@@ -328,12 +340,17 @@ class Batch:
             copied = self._take_for(each)
             if copied is None:
                 return False
-            if self.pool.holders[each.pages[last]] > 1:  # else the others were preempted meanwhile
-                self.decoder.copy_page(each.pages[last], copied)
-                self.pool.release(each.pages[last])
-                each.pages[last] = copied
-            else:
+            if self.pool.holders[each.pages[last]] == 1:  # the others were preempted meanwhile
                 self.pool.release(copied)
+                return True
+            try:
+                self.decoder.copy_page(each.pages[last], copied)
+            except Exception as error:
+                self.pool.release(copied)
+                self._failed(error, each.request)
+                return False
+            self.pool.release(each.pages[last])
+            each.pages[last] = copied
         return True
 
     def _grow(self, each: Continuation, length: int) -> bool:
@@ -379,11 +396,3 @@ class Batch:
         longest = max((len(each.pages) for each in those), default=0)
         rows = [each.pages + [0] * (longest - len(each.pages)) for each in those]
         return torch.tensor(rows, dtype=torch.int32, device=self.device).view(len(rows), longest)
-
-
-def refuse_unreadable(model: GPT, prompt: Sequence[int]) -> None:
-    """ValueError for a prompt without tokens, or with ids beyond the vocabulary."""
-    if not prompt:
-        raise ValueError("prompt: got no token, needs one at least")
-    if not all(0 <= token < model.config.vocab_size for token in prompt):
-        raise GenerationError(f"prompt: got a token id outside 0 to {model.config.vocab_size - 1}")

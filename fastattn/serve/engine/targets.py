@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -15,7 +16,15 @@ from fastattn.generation.choosing import greedy
 from fastattn.generation.protocol import CausalLM, GenerationError
 from fastattn.models import EncoderDecoder
 from fastattn.nn.modes import evaluating
-from fastattn.serve.engine.requests import UNLOGGED, Continuation, DeadlineError, Output, Overloaded, Request
+from fastattn.serve.engine.requests import (
+    UNLOGGED,
+    Continuation,
+    DeadlineError,
+    Output,
+    Overloaded,
+    Request,
+    refuse_unreadable,
+)
 from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
@@ -95,6 +104,8 @@ class TargetEngine(Worker):
             Overloaded: the queue is full before the first of them, or the engine is closing.
             ValueError, TypeError: a prompt or an option does not fit the model. None is taken then.
         """
+        with self._changed:
+            self._admit(len(self._waiting))  # before any work for those that are refused
         for request in requests:
             self._settle(request)
         with self._changed:
@@ -108,10 +119,7 @@ class TargetEngine(Worker):
     def _settle(self, request: Request) -> None:
         if request.prompt_scores is not None:
             raise ValueError("echo: a prompt that the encoder reads has no log-probabilities")
-        if not request.prompt:
-            raise ValueError("prompt: got no token, needs one at least")
-        if not all(0 <= token < self.vocab_size for token in request.prompt):
-            raise GenerationError(f"prompt: got a token id outside 0 to {self.vocab_size - 1}")
+        refuse_unreadable(request.prompt, self.vocab_size)
         request.begins = self.start_ids
         request.settle(cast("CausalLM", self.model))  # whose tokens and settings it reads
         assert request.settled is not None
@@ -163,22 +171,23 @@ class TargetEngine(Worker):
             self._running = []
 
     def _recover(self, chosen: list[Request], error: Exception) -> None:
-        """Whose error it is shows when each request runs alone, where none has been told anything yet."""
+        """Whose error it is shows when each request runs alone; what it has made is kept."""
         left = [request for request in chosen if request.unfinished and not request.cancelled.is_set()]
-        if len(chosen) > 1 and not any(each.made for request in left for each in request.sequences):
+        if len(chosen) == 1:
             for request in left:
-                self._running = list(request.sequences)
-                try:
-                    self._run([request])
-                except Exception as own:
-                    self._fail(request, own)
+                self._fail(request, error)
             return
+        error.__traceback__ = None  # its frames hold the caches of the batch, and memory may be short
         for request in left:
-            self._fail(request, error)
+            self._running = list(request.sequences)
+            try:
+                self._run([request])
+            except Exception as own:
+                self._fail(request, own)
 
     @torch.no_grad()
     def _run(self, chosen: list[Request]) -> None:
-        """Generate the targets of these sources."""
+        """Generate the targets of these sources, from behind what they have made already."""
         longest = max(len(request.prompt) for request in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
         mask = torch.zeros(len(chosen), longest, dtype=torch.bool, device="cpu")
@@ -192,7 +201,7 @@ class TargetEngine(Worker):
         if decoder is None:
             raise GenerationError("model: an encoder-decoder with replaced modules or hooks has no steps")
         for each in copies:
-            if each.row.done:  # of no tokens
+            if each.row.done and not each.made:  # of no tokens
                 self._tell(each, each.accept(0, start[:0]))
         logits = decoder.prefill(start)  # a row for each source
         self.prompt_tokens += int(mask.sum())
@@ -201,28 +210,36 @@ class TargetEngine(Worker):
         if len(copies) > len(chosen):
             decoder.reorder(rows)
             logits = logits[rows]
-        while True:
+        for place in itertools.count():  # tokens behind the first ones
             self.steps += 1
-            self._accept(copies, logits)
+            self._accept(copies, logits, place)
             self._drop_running(copies)
             self._drop_waiting()
             if self._stopped or all(each.row.done for each in copies):
                 break
-            last = [each.made[-1] if each.made else self.start_ids[-1] for each in copies]
+            last = [
+                each.made[min(place, len(each.made) - 1)] if each.made else self.start_ids[-1]
+                for each in copies
+            ]
             logits = decoder.step(torch.tensor(last, device=self.device))
         for request in chosen:
             if request.unfinished:
                 self._fail(request, Overloaded(CLOSING))
 
-    def _accept(self, copies: list[Continuation], logits: Tensor) -> None:
-        """Choose a token for each continuation that is not finished, by logits (N, V)."""
-        likeliest = greedy(logits).tolist() if any(each.plain for each in copies) else []
-        for place, each in enumerate(copies):
-            if each.row.done:
+    def _accept(self, copies: list[Continuation], logits: Tensor, place: int) -> None:
+        """Choose a token for each continuation that is not finished and has none in this place, by logits (N, V)."""
+        choosing = {
+            number: each
+            for number, each in enumerate(copies)
+            if not each.row.done and len(each.made) == place
+        }
+        likeliest = greedy(logits).tolist() if any(each.plain for each in choosing.values()) else []
+        for number, each in choosing.items():
+            if each.row.done:  # another continuation of its request failed just now
                 continue
-            row = logits[place : place + 1]
+            row = logits[number : number + 1]
             try:
-                news = each.accept(likeliest[place] if each.plain else each.choose(row), row)
+                news = each.accept(likeliest[number] if each.plain else each.choose(row), row)
             except Exception as error:
                 self._fail(each.request, error)
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -9,6 +10,8 @@ from collections.abc import Callable
 
 from fastattn.serve.engine.requests import Overloaded
 
+log = logging.getLogger("fastattn.serve")
+JOIN_SECONDS = 10.0  # that a thread gets to end
 CLOSING = "the server is shutting down"
 
 
@@ -91,12 +94,17 @@ class Worker:
             work()
 
     def stop(self) -> None:
-        """End the thread; requests that are not finished fail, and calls that wait are refused."""
+        """End the thread; requests that are not finished fail, and calls that wait are refused.
+
+        A thread that is still in a step after 10 seconds is left to end with the process.
+        """
         with self._changed:
             self._closing = self._stopped = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(JOIN_SECONDS)
+            if self._thread.is_alive():
+                log.error("%s did not end within %g s: a step of it still runs", self.name, JOIN_SECONDS)
         while self._calls:
             _, refuse = self._calls.popleft()
             refuse(Overloaded(CLOSING))
