@@ -85,6 +85,7 @@ def serve(
     import uvicorn
 
     from fastattn.serve.app import create_app
+    from fastattn.serve.protocol import limited_protocol
     from fastattn.serve.served import load_all
 
     log_to_stderr()
@@ -100,6 +101,8 @@ def serve(
 
     config = uvicorn.Config(
         app,
+        http=limited_protocol(),
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=ANSWER_SECONDS,
