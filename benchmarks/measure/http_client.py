@@ -41,7 +41,8 @@ async def get(port: int, path: str) -> Answer:
 async def post(port: int, body: Any, path: str = "/v1/completions", **more: Any) -> Answer:
     """A POST; `body` is bytes, or made JSON of."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
     return await send(port, head.encode() + data, **more)
 
 

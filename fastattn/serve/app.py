@@ -65,7 +65,9 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.models, app.state.stop = models, stop
-    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
+    app.add_middleware(
+        Guard, api_key=limits.api_key, allowed_hosts=limits.allowed_hosts, metrics=metrics, paths=paths
+    )
 
     @app.exception_handler(ApiError)
     async def _refused(_: HttpRequest, error: ApiError) -> JSONResponse:

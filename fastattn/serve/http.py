@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattn.serve.errors import ApiError, of_failure
+from fastattn.serve.hosts import Hosts
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import UNKNOWN_NAME
@@ -31,7 +32,11 @@ OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
 async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptions) -> Parsed:
-    """The body of a request, in JSON; ApiError 413 if it is larger than it may be, 400 if it does not fit."""
+    """The body of a request, in JSON; ApiError 415 if it is not said to be, 413 if it is larger than it may be, 400 if it
+    does not fit."""
+    # Pages of other origins may send the other types, and none, without being asked whether they are allowed to.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Content-Type: needs application/json", code="unsupported_media_type")
     most = limits.max_body
     too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
@@ -170,11 +175,19 @@ class EventStream:
 
 
 class Guard:
-    """In front of every endpoint: the key, an id for each request, counts, and errors as OpenAI's."""
+    """In front of every endpoint: hosts and the key, an id for each request, counts, and errors as OpenAI's."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        allowed_hosts: Collection[str] | None,
+        metrics: Metrics,
+        paths: Collection[str],
+    ) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths
         self.key = None if api_key is None else api_key.encode()
+        self.hosts = None if allowed_hosts is None else Hosts(allowed_hosts, OPEN_PATHS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -195,11 +208,9 @@ class Guard:
             await send(message)
 
         try:
-            if self.key is not None and path not in OPEN_PATHS and not self._knows(headers):
-                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await error_response(error)(scope, receive, counted)
-            else:
-                await self.app(scope, receive, counted)
+            refusal = self._refusal(scope["method"], path, headers)
+            answer = self.app if refusal is None else error_response(refusal)
+            await answer(scope, receive, counted)
         except Exception as error:
             log.exception("a request failed")
             if not status:
@@ -207,6 +218,12 @@ class Guard:
         finally:
             route = path if path in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        refusal = None if self.hosts is None else self.hosts.refusal(method, path, headers)
+        if refusal is None and self.key is not None and path not in OPEN_PATHS and not self._knows(headers):
+            return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        return refusal
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
