@@ -167,7 +167,13 @@ class ChatBody(Sampling):
     tool_choice: Literal["none"] | None = None
 
 
-class EmbeddingBody(Body):
+class EncoderBody(Body):
+    """Of encoders: -1 truncates texts to what the model reads, another number to so many tokens."""
+
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
+
+
+class EmbeddingBody(EncoderBody):
     """Of /v1/embeddings."""
 
     input: StrictStr | Ids | Listed[StrictStr] | Listed[Ids]
@@ -175,7 +181,7 @@ class EmbeddingBody(Body):
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
-class RerankBody(Body):
+class RerankBody(EncoderBody):
     """Of /rerank."""
 
     query: StrictStr
@@ -183,7 +189,7 @@ class RerankBody(Body):
     top_n: Annotated[Count, _null_is(0)] = 0
 
 
-class ClassifyBody(Body):
+class ClassifyBody(EncoderBody):
     """Of /classify."""
 
     input: StrictStr | Listed[StrictStr]
