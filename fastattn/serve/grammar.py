@@ -12,6 +12,7 @@ from fastattn.generation.sampling import LogitsProcessor
 from fastattn.generation.stopping import special_tokens
 from fastattn.models import GPT
 from fastattn.serve.errors import ApiError
+from fastattn.serve.json_schemas import check_regex, check_schema
 from fastattn.serve.token_texts import TokenStrings
 
 MOST_SPACES = 2  # in a row, where JSON allows any number
@@ -48,16 +49,18 @@ class Grammars:
             raise ApiError(400, f"response_format.type: needs {known}", param=PARAM)
         compiler = self._ready()
         try:
-            if kind == "json_object":
-                return compiler.compile_builtin_json_grammar()
             if kind == "regex":
                 if not isinstance(asked.get("regex"), str):
                     raise ApiError(400, "response_format.regex: needs a regular expression", param=PARAM)
+                _kept("regex", check_regex, asked["regex"])
                 return compiler.compile_regex(asked["regex"])
-            described = asked.get("json_schema")
-            schema = described.get("schema") if isinstance(described, dict) else None
-            if not isinstance(schema, dict):
-                raise ApiError(400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM)
+            schema: Any = {"type": "object"}
+            if kind == "json_schema":
+                described = asked.get("json_schema")
+                schema = described.get("schema") if isinstance(described, dict) else None
+                if not isinstance(schema, dict):
+                    raise ApiError(400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM)
+                _kept("json_schema.schema", check_schema, schema)
             return compiler.compile_json_schema(json.dumps(schema), max_whitespace_cnt=MOST_SPACES)
         except ApiError:
             raise
@@ -87,6 +90,14 @@ class Grammars:
         info = xgrammar.TokenizerInfo(vocabulary, vocab_size=size, stop_token_ids=list(ends))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
         return self._compiler
+
+
+def _kept(name: str, check: Callable[[Any], None], value: Any) -> None:
+    """Refuses what xgrammar would leave out without a sign."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise ApiError(400, f"response_format.{name}: {error}", param=PARAM) from None
 
 
 class GrammarMask:
