@@ -16,6 +16,7 @@ from fastattn.serve.engine import Output
 from fastattn.serve.errors import ApiError
 from fastattn.serve.generating import Choice, Generation, options_of, room_for
 from fastattn.serve.http import EventStream, new_id, unless_gone
+from fastattn.serve.json_text import written
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import ChatBody, CompletionBody, Message, Sampling
@@ -23,7 +24,7 @@ from fastattn.serve.served import Decoder
 from fastattn.serve.token_texts import LegacyLogprobs, chat_logprobs
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as in OpenAI's API
-Response = Any  # an ASGI application
+Response = Any  # an ASGI application, or the object of an answer
 
 
 async def completions(
@@ -43,13 +44,28 @@ async def completions(
     prompts = await run_in_threadpool(prompts_of, body, model, limits)
     constraint = await run_in_threadpool(model.grammars.constraint, body.response_format)
     generation = Generation(model, metrics)
-    for ids, _ in prompts:
-        room = room_for(model, ids, body.max_tokens, DEFAULT_TOKENS, limits)
-        more: dict[str, Any] = {"copies": body.n, "deadline": time.monotonic() + limits.timeout}
-        more["constraint"] = constraint
-        if body.logprobs is not None:
-            more |= {"scores": body.logprobs, "prompt_scores": body.logprobs if body.echo else None}
-        generation.add(ids, options_of(body, model, ids, room), **more)
+
+    def add_all() -> list[list[LegacyLogprobs]]:
+        for ids, _ in prompts:
+            room = room_for(model, ids, body.max_tokens, DEFAULT_TOKENS, limits)
+            more: dict[str, Any] = {"copies": body.n, "deadline": time.monotonic() + limits.timeout}
+            more["constraint"] = constraint
+            if body.logprobs is not None:
+                more |= {"scores": body.logprobs, "prompt_scores": body.logprobs if body.echo else None}
+            generation.add(ids, options_of(body, model, ids, room), **more)
+        if body.logprobs is None:
+            return []
+        return [
+            [
+                LegacyLogprobs(
+                    model.strings, model.engine.behind(ids), "" if model.encodes else text, body.echo
+                )
+                for _ in range(body.n)
+            ]
+            for ids, text in prompts
+        ]
+
+    logprobs = await run_in_threadpool(add_all)
     await generation.submit()
     head = {
         "id": new_id("cmpl"),
@@ -57,13 +73,6 @@ async def completions(
         "created": int(time.time()),
         "model": model.name,
     }
-    logprobs = [
-        [
-            LegacyLogprobs(model.strings, model.engine.behind(ids), "" if model.encodes else text, body.echo)
-            for _ in range(body.n)
-        ]
-        for ids, text in prompts
-    ]
 
     def choice(number: int, index: int, news: Output | Choice, first: bool) -> dict[str, Any]:
         text, scores = news.text, news.scores
@@ -79,12 +88,18 @@ async def completions(
     if body.stream:
         usage = usage_field(body)
 
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        def event(number: int, output: Output, first: bool) -> dict[str, Any]:
+            return {**head, "choices": [choice(number, output.index, output, first)], **usage}
+
+        async def events() -> AsyncIterator[dict[str, Any] | str]:
             begun: set[tuple[int, int]] = set()
             async for number, output in generation.outputs():
-                key = (number, output.index)
-                yield {**head, "choices": [choice(*key, output, key not in begun)], **usage}
-                begun.add(key)
+                asked = (number, output, (number, output.index) not in begun)
+                if output.prompt_scores:  # those of a long prompt take a while
+                    yield await run_in_threadpool(lambda each: written(event(*each)), asked)
+                else:
+                    yield event(*asked)
+                begun.add((number, output.index))
             if usage:
                 yield {**head, "choices": [], "usage": generation.usage()}
 
@@ -92,8 +107,12 @@ async def completions(
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)
-    choices = [choice(p, i, each, True) for p, row in enumerate(found) for i, each in enumerate(row)]
-    return JSONResponse({**head, "choices": choices, "usage": generation.usage()})
+
+    def whole() -> dict[str, Any]:
+        choices = [choice(p, i, each, True) for p, row in enumerate(found) for i, each in enumerate(row)]
+        return {**head, "choices": choices, "usage": generation.usage()}
+
+    return await run_in_threadpool(whole)
 
 
 async def chat(
@@ -141,17 +160,19 @@ async def chat(
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": each.text, "refusal": None},
-            **ending(each),
-        }
-        for index, each in enumerate(found[0])
-    ]
-    return JSONResponse(
-        {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
-    )
+
+    def whole() -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": each.text, "refusal": None},
+                **ending(each),
+            }
+            for index, each in enumerate(found[0])
+        ]
+        return {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
+
+    return await run_in_threadpool(whole)
 
 
 def usage_field(body: Sampling) -> dict[str, None]:

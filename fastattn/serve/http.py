@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattn.serve.errors import ApiError, of_failure
 from fastattn.serve.hosts import Hosts
+from fastattn.serve.json_text import dumped
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import UNKNOWN_NAME
@@ -115,11 +116,11 @@ class EventStream:
     """A response of server-sent events, the last of which is [DONE]; stops when the client leaves or does not read.
 
     Args:
-        events: the objects of the events. An exception becomes an event with its error.
+        events: the objects of the events, or their text in JSON. An exception becomes an event with its error.
         cancel: called once nothing more is wanted.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any] | str], cancel: Callable[[], None]) -> None:
         self.events, self.cancel = events, cancel
         self._since: float | None = None  # when the event that is being sent began
 
@@ -164,7 +165,7 @@ class EventStream:
         await pass_on({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for event in self.events:
-                await write(json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+                await write(event if isinstance(event, str) else dumped(event))
         except OSError:
             raise
         except Exception as error:

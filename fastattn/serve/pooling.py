@@ -164,13 +164,20 @@ async def embeddings(
     examples = inputs_of(body.input, model, limits)
     fits = fitting(body, examples, ["input"] * len(examples))
     found, tokens = await run(http, model, examples, limits, fits=fits)
-    data = []
-    for index, each in enumerate(found):
-        vector = shortened(each["embedding"], body.dimensions)
-        shown: Any = vector
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(array("f", vector).tobytes()).decode("ascii")
-        data.append({"object": "embedding", "index": index, "embedding": shown})
+
+    def shown(vector: list[float]) -> Any:
+        vector = shortened(vector, body.dimensions)
+        if body.encoding_format == "float":
+            return vector
+        return base64.b64encode(array("f", vector).tobytes()).decode("ascii")
+
+    def entries() -> Found:
+        return [
+            {"object": "embedding", "index": index, "embedding": shown(each["embedding"])}
+            for index, each in enumerate(found)
+        ]
+
+    data = await run_in_threadpool(entries)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
@@ -192,8 +199,7 @@ async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: Se
         examples = [{"text": text} for text in (query, *documents)]
         fits = fitting(body, examples, ["query", *["documents"] * len(documents)])
         found, tokens = await run(http, model, examples, limits, fits=fits)
-        first, *others = (each["embedding"] for each in found)
-        scores = [cosine(first, other) for other in others]
+        scores = await run_in_threadpool(cosines, [each["embedding"] for each in found])
     elif model.task is classify and model.model.config.num_labels == 1:
         examples = [{"text": query, "text_pair": text} for text in documents]
         fits = fitting(body, examples, ["documents"] * len(documents))
@@ -209,6 +215,11 @@ async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: Se
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "results": results,
     }
+
+
+def cosines(vectors: Sequence[Sequence[float]]) -> list[float]:
+    """Those of the first vector with each of the others."""
+    return [cosine(vectors[0], other) for other in vectors[1:]]
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -228,17 +239,20 @@ async def classification(
     found, tokens = await run(http, model, examples, limits, fits=fits)
     config = model.model.config
     names = [label_name(config, i) for i in range(config.num_labels)]
-    data = []
-    for index, each in enumerate(found):
-        scores = {entry["label"]: entry["score"] for entry in each["labels"]}
-        data.append(
-            {
-                "index": index,
-                "label": each["labels"][0]["label"],
-                "probs": [scores[name] for name in names],
-                "num_classes": config.num_labels,
-            }
-        )
+
+    def entry(index: int, labels: Found) -> dict[str, Any]:
+        scores = {each["label"]: each["score"] for each in labels}
+        return {
+            "index": index,
+            "label": labels[0]["label"],
+            "probs": [scores[name] for name in names],
+            "num_classes": config.num_labels,
+        }
+
+    def entries() -> Found:
+        return [entry(index, each["labels"]) for index, each in enumerate(found)]
+
+    data = await run_in_threadpool(entries)
     return {
         "id": new_id("classify"),
         "object": "list",
