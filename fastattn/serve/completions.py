@@ -189,6 +189,9 @@ def check_sampling(body: Sampling, limits: ServeOptions) -> None:
         raise ApiError(400, "stream_options: needs stream", param="stream_options")
     if body.ignore_eos and body.response_format is not None:
         raise ApiError(400, "ignore_eos: does not go with response_format", param="ignore_eos")
+    if body.min_tokens and (body.stop or body.response_format is not None):
+        message = "min_tokens: does not go with stop and response_format, which may end a text before"
+        raise ApiError(400, message, param="min_tokens")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if not all(stops):
         raise ApiError(400, "stop: got an empty text", param="stop")
@@ -220,8 +223,11 @@ def _prompt(given: str | list[int], model: Decoder) -> tuple[list[int], str]:
     return ids, text
 
 
-def dialogue_ids(model: Decoder, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-    """The ids of a conversation by the tokenizer's template; ApiError 400 where there is none."""
+def dialogue_ids(
+    model: Decoder, messages: Sequence[Message], add_generation_prompt: bool, add_special_tokens: bool = False
+) -> list[int]:
+    """The ids of a conversation by the tokenizer's template, which has the special tokens; ApiError 400 where there is
+    none."""
     if model.template is None:
         raise ApiError(
             400,
@@ -237,7 +243,7 @@ def dialogue_ids(model: Decoder, messages: Sequence[Message], add_generation_pro
         text = model.template.render(plain, add_generation_prompt=add_generation_prompt)
     except DataError as error:
         raise ApiError(400, str(error), param="messages") from None
-    ids = list(model.tokenizer.core.encode(text, add_special_tokens=False).ids)
+    ids = list(model.tokenizer.core.encode(text, add_special_tokens=add_special_tokens).ids)
     if not ids:
         raise ApiError(400, "messages: the template makes no token of them", param="messages")
     return ids

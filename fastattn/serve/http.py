@@ -70,7 +70,9 @@ async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptio
 
 def _refusal(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body; what the client sent is not repeated."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    # of a value of several kinds the one that it was meant to be
+    first = next((each for each in errors if each["type"] == UNKNOWN_NAME), errors[0])
     places = [str(part) for part in first["loc"] if isinstance(part, (int, str))]
     if first["type"] == UNKNOWN_NAME:
         places.append(first["ctx"]["name"])

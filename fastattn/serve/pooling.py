@@ -297,7 +297,8 @@ def tokenize(body: TokenizeBody, model: Decoder | Encoder) -> dict[str, Any]:
     if body.messages is not None:
         if not isinstance(model, Decoder):
             raise ApiError(400, f"messages: {model.name} reads no conversations", param="messages")
-        ids = dialogue_ids(model, body.messages, body.add_generation_prompt)
+        special = body.add_special_tokens is True  # a template has its own
+        ids = dialogue_ids(model, body.messages, body.add_generation_prompt, special)
     else:
         assert body.prompt is not None
         check_text("prompt", body.prompt)
