@@ -12,7 +12,16 @@ from typing import Any
 from measure.http_client import get, metric, post
 
 WORDS = ("river", "tower", "the", "old", "sea", "runs", "in", "town", "a", "to")
-KINDS = ("healthy", "healthy", "cancelled", "cancelled-whole", "malformed", "oversized", "slow reader", "dropped")
+KINDS = (
+    "healthy",
+    "healthy",
+    "cancelled",
+    "cancelled-whole",
+    "malformed",
+    "oversized",
+    "slow reader",
+    "dropped",
+)
 
 
 async def faults(port: int, count: int, clients: int = 16, seed: int = 0) -> dict[str, Any]:

@@ -81,11 +81,12 @@ def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_token
 
 def _ends_of(body: Sampling, model: Decoder) -> list[int]:
     """The model's end tokens, unless they are ignored, and those of the body."""
-    vocab_size, given = model.engine.model.config.vocab_size, body.stop_token_ids or []
+    owner: Any = model.engine.model
+    vocab_size, given = owner.config.vocab_size, body.stop_token_ids or []
     if not all(0 <= token < vocab_size for token in given):
         message = f"stop_token_ids: needs token ids from 0 to {vocab_size - 1}"
         raise ApiError(400, message, param="stop_token_ids")
-    own, _ = special_tokens(model.engine.model, () if body.ignore_eos else None, None)
+    own, _ = special_tokens(owner, () if body.ignore_eos else None, None)
     return [*own, *given]
 
 

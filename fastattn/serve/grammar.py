@@ -59,7 +59,9 @@ class Grammars:
                 described = asked.get("json_schema")
                 schema = described.get("schema") if isinstance(described, dict) else None
                 if not isinstance(schema, dict):
-                    raise ApiError(400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM)
+                    raise ApiError(
+                        400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM
+                    )
                 _kept("json_schema.schema", check_schema, schema)
             return compiler.compile_json_schema(json.dumps(schema), max_whitespace_cnt=MOST_SPACES)
         except ApiError:

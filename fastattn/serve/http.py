@@ -33,8 +33,8 @@ OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
 async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptions) -> Parsed:
-    """The body of a request, in JSON; ApiError 415 if it is not said to be, 413 if it is larger than it may be, 400 if it
-    does not fit."""
+    """The body of a request, in JSON: ApiError 415 of another type, 413 if it is larger than it may be, 400 if it does
+    not fit."""
     # Pages of other origins may send the other types, and none, without being asked whether they are allowed to.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: needs application/json", code="unsupported_media_type")

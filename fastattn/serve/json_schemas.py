@@ -115,7 +115,9 @@ def _check_whole(key: str, schema: dict[str, Any], root: dict[str, Any]) -> None
     elif key == "oneOf":
         for number, one in enumerate(given):
             if not all(_apart(one, other, root) for other in given[:number]):
-                raise ValueError("'oneOf' needs schemas of which a value fits one at most, or else to be 'anyOf'")
+                raise ValueError(
+                    "'oneOf' needs schemas of which a value fits one at most, or else to be 'anyOf'"
+                )
     elif "type" in schema:
         for value in given if key == "enum" and isinstance(given, list) else [given]:
             if not _types_of(value) & set(_types(schema)):
@@ -125,7 +127,9 @@ def _check_whole(key: str, schema: dict[str, Any], root: dict[str, Any]) -> None
 def _check_string(schema: dict[str, Any]) -> None:
     lengths = [key for key in ("minLength", "maxLength") if key in schema]
     for key in ("pattern", "format"):
-        if key in schema and (beside := [*lengths, *(["pattern"] if "pattern" in schema and key == "format" else [])]):
+        if key in schema and (
+            beside := [*lengths, *(["pattern"] if "pattern" in schema and key == "format" else [])]
+        ):
             raise ValueError(f"{beside[0]!r} is not supported beside {key!r}")
     if "format" in schema and schema["format"] not in FORMATS:
         raise ValueError(f"'format' is {str(schema['format'])[:40]!r}, needs {', '.join(sorted(FORMATS))}")

@@ -11,15 +11,16 @@ from fastattn.serve.errors import ApiError
 
 HEAD_BYTES = 64 << 10  # most of a request's line and headers
 HEAD_SECONDS = 30.0  # that they may take to arrive
-HOOKS = ("on_message_begin", "on_headers_complete", "send_400_response")  # of httptools' protocol, overridden here
+# of httptools' protocol, overridden here
+HOOKS = ("on_message_begin", "on_headers_complete", "send_400_response")
 
 
 def limited_protocol() -> type[asyncio.Protocol]:
     """uvicorn's protocol with limits: httptools' where it is installed and has the methods needed, otherwise h11's.
 
-    A connection without a request that runs is closed, with status 408 if a part of one came, when its next head is not
-    complete HEAD_SECONDS after the connection or the first of its bytes. A head of more than HEAD_BYTES gets status 431;
-    h11 has a limit of its own, with status 400.
+    A connection on which no request runs is closed if the next head is not complete HEAD_SECONDS after the connection
+    was made or the first bytes of the head came, with status 408 if any came. A head of more than HEAD_BYTES gets
+    status 431; h11 has a limit of its own, with status 400.
     """
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -34,7 +35,7 @@ def limited_protocol() -> type[asyncio.Protocol]:
 
 
 def _timed(base: Any) -> Any:
-    class Timed(base):  # type: ignore[misc]
+    class Timed(base):
         """Closes connections on which nothing runs and no request begins."""
 
         head_timer: asyncio.TimerHandle | None = None
@@ -85,7 +86,7 @@ def _timed(base: Any) -> Any:
 
 
 def _sized(base: Any) -> Any:
-    class Sized(base):  # type: ignore[misc]
+    class Sized(base):
         """Refuses heads that are too large; what httptools collects of one has no limit."""
 
         in_head = False

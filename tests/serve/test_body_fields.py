@@ -26,7 +26,13 @@ SAME: list[dict[str, Any]] = [
     {"modalities": ["text"]},
     {"reasoning_effort": "none"},
     {"verbosity": "medium"},
-    {"audio": None, "prediction": None, "web_search_options": None, "verbosity": None, "reasoning_effort": None},
+    {
+        "audio": None,
+        "prediction": None,
+        "web_search_options": None,
+        "verbosity": None,
+        "reasoning_effort": None,
+    },
     {"prompt_cache_retention": "24h", "prompt_cache_key": "k", "safety_identifier": "s"},
     {"min_tokens": None, "stop_token_ids": None},
 ]
@@ -63,7 +69,14 @@ def test_fields_that_ask_for_something_else_are_named(client: Any, fields: dict[
 
 def tokens_of(client: Any, **more: Any) -> tuple[list[str], str]:
     """The tokens of a continuation and why it ended."""
-    body = {"model": "gpt", "prompt": "the river runs", "max_tokens": 12, "temperature": 0, "logprobs": 0, **more}
+    body = {
+        "model": "gpt",
+        "prompt": "the river runs",
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 0,
+        **more,
+    }
     answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
@@ -90,12 +103,16 @@ def test_a_top_p_of_0_takes_the_likeliest_token(client: Any) -> None:
 
 def test_an_unknown_name_in_a_part_of_a_message_is_refused(client: Any) -> None:
     part = {"type": "text", "text": "a", "colour": "red"}
-    answer = client.post("/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": [part]}]})
+    answer = client.post(
+        "/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": [part]}]}
+    )
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "messages.0.content.0.colour: unknown name"
 
 
-def test_tokenize_adds_special_tokens_to_messages_where_asked(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_tokenize_adds_special_tokens_to_messages_where_asked(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     shutil.copytree(folders["chat"], tmp_path / "chat")
     path = str(tmp_path / "chat" / "tokenizer.json")
     core = tokenizers.Tokenizer.from_file(path)
@@ -107,7 +124,9 @@ def test_tokenize_adds_special_tokens_to_messages_where_asked(folders: dict[str,
     with client_of(load_all([tmp_path / "chat"], ServeOptions()), ServeOptions()) as client:
 
         def ids(**more: Any) -> list[int]:
-            found: list[int] = client.post("/tokenize", json={"messages": CHAT["messages"], **more}).json()["tokens"]
+            found: list[int] = client.post("/tokenize", json={"messages": CHAT["messages"], **more}).json()[
+                "tokens"
+            ]
             return found
 
         plain = ids()

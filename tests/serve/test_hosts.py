@@ -20,8 +20,24 @@ from fastattn.serve.served import load_all
 from fastattn.serve.server import check_options, with_hosts
 
 BODY = {"model": "gpt", "prompt": "a", "max_tokens": 1}
-OWN = ("localhost", "localhost:8000", "LOCALHOST", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "models.example:80")
-FOREIGN = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[", "")
+OWN = (
+    "localhost",
+    "localhost:8000",
+    "LOCALHOST",
+    "127.0.0.1:8000",
+    "127.0.0.2",
+    "[::1]:8000",
+    "models.example:80",
+)
+FOREIGN = (
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "10.0.0.1",
+    "[",
+    "",
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +74,9 @@ def test_pages_of_other_origins_may_only_see_whether_it_runs(guarded: Any, origi
     assert guarded.get("/health", headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
+)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/attention"])
 def test_bodies_of_other_types_are_refused(client: Any, kind: str | None, path: str) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
@@ -74,7 +92,7 @@ def test_hosts_are_checked_on_loopback_without_a_key_and_where_they_are_named() 
         assert with_hosts(plain, "me", address).allowed_hosts == ("me",)
         assert with_hosts(keyed, "me", address).allowed_hosts is None
         assert with_hosts(named, "me", address).allowed_hosts == ("a",)
-    for address in ("0.0.0.0", "10.1.2.3", "::"):  # noqa: S104
+    for address in ("0.0.0.0", "10.1.2.3", "::"):
         assert with_hosts(plain, "me", address).allowed_hosts is None
         assert with_hosts(named, "me", address).allowed_hosts == ("a",)
 

@@ -116,7 +116,9 @@ def test_other_expressions_are_taken(expression: str) -> None:
 def test_what_is_taken_is_kept(schema: dict[str, Any], good: str, bad: tuple[str, ...]) -> None:
     check_schema(schema)
     xgrammar: Any = pytest.importorskip("xgrammar")
-    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b""], vocab_size=257, stop_token_ids=[256])
+    info = xgrammar.TokenizerInfo(
+        [bytes([i]) for i in range(256)] + [b""], vocab_size=257, stop_token_ids=[256]
+    )
     compiled = xgrammar.GrammarCompiler(info, max_threads=1).compile_json_schema(
         json.dumps(schema), max_whitespace_cnt=2
     )

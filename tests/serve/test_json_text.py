@@ -45,7 +45,7 @@ def test_numbers_that_are_not_finite_are_refused(place: Any) -> None:
 
 
 def test_the_loop_goes_on_while_a_large_answer_is_made(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python lets another thread run every 5 ms; building and writing these vectors takes several tenths of a second."""
+    """Python lets another thread run every 5 ms; these vectors take several tenths of a second to build and write."""
     found = [{"embedding": [i + j / 7 for j in range(384)]} for i in range(2048)]
 
     async def run(*_: Any, **__: Any) -> Any:
@@ -98,7 +98,14 @@ def test_log_probabilities_of_prompts_are_made_in_a_thread(
         return True
 
     monkeypatch.setattr(completions, "LegacyLogprobs", Checked)
-    body = {"model": "gpt", "prompt": "the river runs", "max_tokens": 2, "logprobs": 1, "echo": True, "stream": stream}
+    body = {
+        "model": "gpt",
+        "prompt": "the river runs",
+        "max_tokens": 2,
+        "logprobs": 1,
+        "echo": True,
+        "stream": stream,
+    }
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     first = events_of(response)[0] if stream else response.json()

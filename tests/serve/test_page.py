@@ -160,8 +160,16 @@ def test_in_a_browser(folders: list[Path]) -> None:
         assert tab.locator("#weights tbody tr").count() > 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         asked_pair: list[Any] = []
-        tab.on("request", lambda request: asked_pair.append(request.post_data_json) if request.post_data else None)
-        texts = {"text": "the [MASK] tower", "text_pair": "", "question": "who lives?", "context": "anna lives in paris"}
+        tab.on(
+            "request",
+            lambda request: asked_pair.append(request.post_data_json) if request.post_data else None,
+        )
+        texts = {
+            "text": "the [MASK] tower",
+            "text_pair": "",
+            "question": "who lives?",
+            "context": "anna lives in paris",
+        }
         for name in HEADS:
             tab.select_option("#model", name)
             for area in tab.locator("#inputs textarea").all():

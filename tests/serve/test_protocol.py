@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-uvicorn: Any = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
+
+import uvicorn
 
 from fastattn.serve import protocol
 
@@ -28,7 +30,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture(params=KINDS)
-def connect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], socket.socket]]:
+def connect(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], socket.socket]]:
     """Makes connections to a server with each of uvicorn's protocols."""
     pytest.importorskip(request.param)
     if request.param == "h11":
