@@ -12,7 +12,16 @@ from typing import Any
 from measure.http_client import get, metric, post
 
 WORDS = ("river", "tower", "the", "old", "sea", "runs", "in", "town", "a", "to")
-KINDS = ("healthy", "healthy", "cancelled", "malformed", "oversized", "slow reader", "dropped")
+KINDS = (
+    "healthy",
+    "healthy",
+    "cancelled",
+    "cancelled-whole",
+    "malformed",
+    "oversized",
+    "slow reader",
+    "dropped",
+)
 
 
 async def faults(port: int, count: int, clients: int = 16, seed: int = 0) -> dict[str, Any]:
@@ -40,6 +49,9 @@ async def faults(port: int, count: int, clients: int = 16, seed: int = 0) -> dic
         if kind == "cancelled":
             body |= {"stream": True, "max_tokens": 150}
             more["leave_after"] = number % 3
+        elif kind == "cancelled-whole":  # no stream: it leaves before there is an answer
+            body |= {"stream": False, "max_tokens": 150}
+            more["leave_in"] = number % 3 * 0.02
         elif kind == "malformed":
             data = json.dumps(body).encode()
             body = (data[:-9], b"\x00\xff" + data, b'{"prompt": 1}', b"[" * 5000, b"")[number % 5]
@@ -57,7 +69,7 @@ async def faults(port: int, count: int, clients: int = 16, seed: int = 0) -> dic
                 wrong.append(f"{kind}: {error!r}")
                 return
         statuses[f"{kind} {answer.status}"] += 1
-        needed = {"malformed": 400, "oversized": 400, "dropped": 0}.get(kind, 200)
+        needed = {"malformed": 400, "oversized": 400, "dropped": 0, "cancelled-whole": 0}.get(kind, 200)
         if answer.status != needed:
             wrong.append(f"{kind}: status {answer.status}")
         elif kind == "healthy" and answer.text != expected[which]:

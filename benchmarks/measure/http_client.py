@@ -41,17 +41,25 @@ async def get(port: int, path: str) -> Answer:
 async def post(port: int, body: Any, path: str = "/v1/completions", **more: Any) -> Answer:
     """A POST; `body` is bytes, or made JSON of."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
     return await send(port, head.encode() + data, **more)
 
 
 async def send(
-    port: int, message: bytes, *, leave_after: int | None = None, pause: float = 0.0, cut: int | None = None
+    port: int,
+    message: bytes,
+    *,
+    leave_after: int | None = None,
+    leave_in: float | None = None,
+    pause: float = 0.0,
+    cut: int | None = None,
 ) -> Answer:
     """Send a request and read the answer.
 
     Args:
         leave_after: pieces of the answer after which the connection is closed.
+        leave_in: seconds after which it is closed without an answer being read.
         pause: seconds between reads.
         cut: bytes of the request after which the connection is closed.
     """
@@ -60,7 +68,9 @@ async def send(
     try:
         writer.write(message[:cut])
         await writer.drain()
-        if cut is not None:
+        if leave_in is not None:
+            await asyncio.sleep(leave_in)
+        if cut is not None or leave_in is not None:
             return answer
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
         answer.status = int(head.split()[1])

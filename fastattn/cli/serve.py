@@ -46,6 +46,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="What clients have to send; FASTATTN_API_KEY by default.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that clients reach the server by, besides localhost; may be repeated."),
+    ] = None,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write what clients send, prompts and texts, to the log.")
     ] = False,
@@ -68,6 +72,7 @@ def serve(
         kv_memory=None if kv_memory is None else kv_memory * MEGABYTE,
         page_size=page_size,
         api_key=key_from_environment() if api_key is None else api_key,
+        allowed_hosts=tuple(allowed_host) if allowed_host else None,
         log_prompts=log_prompts,
     )
     work(folders, host, port, options, typer.echo)

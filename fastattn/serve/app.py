@@ -19,6 +19,7 @@ from fastattn.serve import completions, page, pooling
 from fastattn.serve import schemas as bodies
 from fastattn.serve.errors import ApiError
 from fastattn.serve.http import Guard, error_response, read_body
+from fastattn.serve.json_text import json_response
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.served import Decoder, Encoder
@@ -65,7 +66,9 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
 
     app = FastAPI(title="fastattn", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.models, app.state.stop = models, stop
-    app.add_middleware(Guard, api_key=limits.api_key, metrics=metrics, paths=paths)
+    app.add_middleware(
+        Guard, api_key=limits.api_key, allowed_hosts=limits.allowed_hosts, metrics=metrics, paths=paths
+    )
 
     @app.exception_handler(ApiError)
     async def _refused(_: HttpRequest, error: ApiError) -> JSONResponse:
@@ -96,7 +99,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
         async def endpoint(http: HttpRequest) -> Any:
             parsed: Any = await read_body(http, body, limits)
             result = await work(http, parsed, chosen(parsed.model, kind), limits)
-            return JSONResponse(result) if isinstance(result, dict) else result
+            return await json_response(result) if isinstance(result, dict) else result
 
         app.router.add_route(path, endpoint, methods=["POST"])
 
@@ -123,7 +126,7 @@ def create_app(models: Mapping[str, Decoder | Encoder], options: ServeOptions | 
             model = next(iter(models.values()))
         else:
             model = chosen(body.model, (Decoder, Encoder))  # type: ignore[arg-type]
-        return JSONResponse(await run_in_threadpool(pooling.tokenize, body, model))
+        return await json_response(await run_in_threadpool(pooling.tokenize, body, model))
 
     @app.get("/v1/models")
     async def _models() -> dict[str, Any]:

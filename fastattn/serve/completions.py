@@ -16,6 +16,7 @@ from fastattn.serve.engine import Output
 from fastattn.serve.errors import ApiError
 from fastattn.serve.generating import Choice, Generation, options_of, room_for
 from fastattn.serve.http import EventStream, new_id, unless_gone
+from fastattn.serve.json_text import written
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import ChatBody, CompletionBody, Message, Sampling
@@ -23,7 +24,7 @@ from fastattn.serve.served import Decoder
 from fastattn.serve.token_texts import LegacyLogprobs, chat_logprobs
 
 DEFAULT_TOKENS = 16  # of /v1/completions, as in OpenAI's API
-Response = Any  # an ASGI application
+Response = Any  # an ASGI application, or the object of an answer
 
 
 async def completions(
@@ -43,13 +44,28 @@ async def completions(
     prompts = await run_in_threadpool(prompts_of, body, model, limits)
     constraint = await run_in_threadpool(model.grammars.constraint, body.response_format)
     generation = Generation(model, metrics)
-    for ids, _ in prompts:
-        room = room_for(model, ids, body.max_tokens, DEFAULT_TOKENS, limits)
-        more: dict[str, Any] = {"copies": body.n, "deadline": time.monotonic() + limits.timeout}
-        more["constraint"] = constraint
-        if body.logprobs is not None:
-            more |= {"scores": body.logprobs, "prompt_scores": body.logprobs if body.echo else None}
-        generation.add(ids, options_of(body, model, ids, room), **more)
+
+    def add_all() -> list[list[LegacyLogprobs]]:
+        for ids, _ in prompts:
+            room = room_for(model, ids, body.max_tokens, DEFAULT_TOKENS, limits)
+            more: dict[str, Any] = {"copies": body.n, "deadline": time.monotonic() + limits.timeout}
+            more["constraint"] = constraint
+            if body.logprobs is not None:
+                more |= {"scores": body.logprobs, "prompt_scores": body.logprobs if body.echo else None}
+            generation.add(ids, options_of(body, model, ids, room), **more)
+        if body.logprobs is None:
+            return []
+        return [
+            [
+                LegacyLogprobs(
+                    model.strings, model.engine.behind(ids), "" if model.encodes else text, body.echo
+                )
+                for _ in range(body.n)
+            ]
+            for ids, text in prompts
+        ]
+
+    logprobs = await run_in_threadpool(add_all)
     await generation.submit()
     head = {
         "id": new_id("cmpl"),
@@ -57,13 +73,6 @@ async def completions(
         "created": int(time.time()),
         "model": model.name,
     }
-    logprobs = [
-        [
-            LegacyLogprobs(model.strings, model.engine.behind(ids), "" if model.encodes else text, body.echo)
-            for _ in range(body.n)
-        ]
-        for ids, text in prompts
-    ]
 
     def choice(number: int, index: int, news: Output | Choice, first: bool) -> dict[str, Any]:
         text, scores = news.text, news.scores
@@ -79,12 +88,18 @@ async def completions(
     if body.stream:
         usage = usage_field(body)
 
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        def event(number: int, output: Output, first: bool) -> dict[str, Any]:
+            return {**head, "choices": [choice(number, output.index, output, first)], **usage}
+
+        async def events() -> AsyncIterator[dict[str, Any] | str]:
             begun: set[tuple[int, int]] = set()
             async for number, output in generation.outputs():
-                key = (number, output.index)
-                yield {**head, "choices": [choice(*key, output, key not in begun)], **usage}
-                begun.add(key)
+                asked = (number, output, (number, output.index) not in begun)
+                if output.prompt_scores:  # those of a long prompt take a while
+                    yield await run_in_threadpool(lambda each: written(event(*each)), asked)
+                else:
+                    yield event(*asked)
+                begun.add((number, output.index))
             if usage:
                 yield {**head, "choices": [], "usage": generation.usage()}
 
@@ -92,8 +107,12 @@ async def completions(
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)
-    choices = [choice(p, i, each, True) for p, row in enumerate(found) for i, each in enumerate(row)]
-    return JSONResponse({**head, "choices": choices, "usage": generation.usage()})
+
+    def whole() -> dict[str, Any]:
+        choices = [choice(p, i, each, True) for p, row in enumerate(found) for i, each in enumerate(row)]
+        return {**head, "choices": choices, "usage": generation.usage()}
+
+    return await run_in_threadpool(whole)
 
 
 async def chat(
@@ -141,17 +160,19 @@ async def chat(
     found = await unless_gone(http, generation.all(), generation.cancel)
     if found is None:
         return JSONResponse(None, 499)
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": each.text, "refusal": None},
-            **ending(each),
-        }
-        for index, each in enumerate(found[0])
-    ]
-    return JSONResponse(
-        {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
-    )
+
+    def whole() -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": each.text, "refusal": None},
+                **ending(each),
+            }
+            for index, each in enumerate(found[0])
+        ]
+        return {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage()}
+
+    return await run_in_threadpool(whole)
 
 
 def usage_field(body: Sampling) -> dict[str, None]:
@@ -170,6 +191,9 @@ def check_sampling(body: Sampling, limits: ServeOptions) -> None:
         for name in ("ignore_eos", "min_tokens", "no_repeat_ngram_size"):
             if getattr(body, name):
                 raise ApiError(400, f"{name}: does not go with response_format", param=name)
+    if body.min_tokens and body.stop:
+        message = "min_tokens: does not go with stop, which may end a text before"
+        raise ApiError(400, message, param="min_tokens")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if not all(stops):
         raise ApiError(400, "stop: got an empty text", param="stop")
@@ -203,8 +227,11 @@ def _prompt(given: str | list[int], model: Decoder) -> tuple[list[int], str]:
     return ids, text
 
 
-def dialogue_ids(model: Decoder, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-    """The ids of a conversation by the tokenizer's template; ApiError 400 where there is none."""
+def dialogue_ids(
+    model: Decoder, messages: Sequence[Message], add_generation_prompt: bool, add_special_tokens: bool = False
+) -> list[int]:
+    """The ids of a conversation by the tokenizer's template, which has the special tokens; ApiError 400 where there is
+    none."""
     if model.template is None:
         raise ApiError(
             400,
@@ -220,7 +247,7 @@ def dialogue_ids(model: Decoder, messages: Sequence[Message], add_generation_pro
         text = model.template.render(plain, add_generation_prompt=add_generation_prompt)
     except DataError as error:
         raise ApiError(400, str(error), param="messages") from None
-    ids = list(model.tokenizer.core.encode(text, add_special_tokens=False).ids)
+    ids = list(model.tokenizer.core.encode(text, add_special_tokens=add_special_tokens).ids)
     if not ids:
         raise ApiError(400, "messages: the template makes no token of them", param="messages")
     return ids

@@ -10,9 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from starlette.concurrency import run_in_threadpool
+from torch import Tensor
 
 from fastattn.generation.options import Options
+from fastattn.generation.stopping import special_tokens
 from fastattn.serve.engine import Output, Request, TokenScore
 from fastattn.serve.engine.requests import FrequencyPenalty, LogitBias
 from fastattn.serve.errors import ApiError, of_exception, of_failure
@@ -22,6 +25,7 @@ from fastattn.serve.schemas import Sampling
 from fastattn.serve.served import Decoder
 
 MOST_DIGITS = 20  # of a token's id: more than any has
+LEAST_TOP_P = 1e-6  # for 0, which keeps the likeliest token: less than its share in a vocabulary of any size
 
 
 def options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_tokens: int) -> Options:
@@ -55,7 +59,7 @@ def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_token
         shaping = {
             "do_sample": True,
             "temperature": body.temperature,
-            "top_p": body.top_p,
+            "top_p": None if body.top_p is None else max(body.top_p, LEAST_TOP_P),
             "top_k": None if body.top_k is None else max(body.top_k, 0),  # -1 stands for all, as in vLLM
             "min_p": body.min_p,
         }
@@ -68,13 +72,24 @@ def _options_of(body: Sampling, model: Decoder, prompt: Sequence[int], max_token
         presence_penalty=body.presence_penalty,
         no_repeat_ngram_size=body.no_repeat_ngram_size,
         min_new_tokens=body.min_tokens,
-        eos_token_id=() if body.ignore_eos else None,
+        eos_token_id=_ends_of(body, model),
         stop_strings=stops or None,
         tokenizer=model.tokenizer,
         logits_processor=processors or None,
         seed=body.seed,
         **shaping,
     )
+
+
+def _ends_of(body: Sampling, model: Decoder) -> list[int]:
+    """The model's end tokens, unless they are ignored, and those of the body."""
+    owner: Any = model.engine.model
+    vocab_size, given = owner.config.vocab_size, body.stop_token_ids or []
+    if not all(0 <= token < vocab_size for token in given):
+        message = f"stop_token_ids: needs token ids from 0 to {vocab_size - 1}"
+        raise ApiError(400, message, param="stop_token_ids")
+    own, _ = special_tokens(owner, () if body.ignore_eos else None, None)
+    return [*own, *given]
 
 
 def room_for(

@@ -15,6 +15,7 @@ from fastattn.models import GPT
 from fastattn.serve.engine.requests import FormatTooSlow
 from fastattn.serve.errors import ApiError
 from fastattn.serve.in_time import InTime
+from fastattn.serve.json_schemas import check_regex, check_schema
 from fastattn.serve.repetitions import nested_repetitions
 from fastattn.serve.token_texts import TokenStrings
 
@@ -55,19 +56,23 @@ class Grammars:
             raise ApiError(400, f"response_format.type: needs {known}", param=PARAM)
         compiler = self._ready()
         try:
-            if kind == "json_object":
-                return compiler.compile_builtin_json_grammar()
             if kind == "regex":
                 if not isinstance(asked.get("regex"), str):
                     raise ApiError(400, "response_format.regex: needs a regular expression", param=PARAM)
+                _kept("regex", check_regex, asked["regex"])
                 refuse_nested("response_format.regex", asked["regex"])
                 return compiler.compile_regex(asked["regex"])
-            described = asked.get("json_schema")
-            schema = described.get("schema") if isinstance(described, dict) else None
-            if not isinstance(schema, dict):
-                raise ApiError(400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM)
-            for expression in patterns_of(schema):
-                refuse_nested("response_format.json_schema.schema", expression)
+            schema: Any = {"type": "object"}
+            if kind == "json_schema":
+                described = asked.get("json_schema")
+                schema = described.get("schema") if isinstance(described, dict) else None
+                if not isinstance(schema, dict):
+                    raise ApiError(
+                        400, "response_format.json_schema.schema: needs a JSON schema", param=PARAM
+                    )
+                _kept("json_schema.schema", check_schema, schema)
+                for expression in patterns_of(schema):
+                    refuse_nested("response_format.json_schema.schema", expression)
             return compiler.compile_json_schema(json.dumps(schema), max_whitespace_cnt=MOST_SPACES)
         except ApiError:
             raise
@@ -121,6 +126,14 @@ def refuse_nested(name: str, expression: str) -> None:
             f"{found}, needs {MOST_REPETITIONS} at most",
             param=PARAM,
         )
+
+
+def _kept(name: str, check: Callable[[Any], None], value: Any) -> None:
+    """Refuses what xgrammar would leave out without a sign."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise ApiError(400, f"response_format.{name}: {error}", param=PARAM) from None
 
 
 class GrammarMask:

@@ -18,6 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattn.serve.errors import ApiError, of_failure
+from fastattn.serve.hosts import Hosts
+from fastattn.serve.json_text import dumped
 from fastattn.serve.metrics import Metrics
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import UNKNOWN_NAME
@@ -31,7 +33,11 @@ OPEN_PATHS = ("/health", "/ready", "/metrics", "/", "/page.css", "/page.js")
 
 
 async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptions) -> Parsed:
-    """The body of a request, in JSON; ApiError 413 if it is larger than it may be, 400 if it does not fit."""
+    """The body of a request, in JSON: ApiError 415 of another type, 413 if it is larger than it may be, 400 if it does
+    not fit."""
+    # Pages of other origins may send the other types, and none, without being asked whether they are allowed to.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "Content-Type: needs application/json", code="unsupported_media_type")
     most = limits.max_body
     too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
@@ -64,7 +70,9 @@ async def read_body(request: HttpRequest, kind: type[Parsed], limits: ServeOptio
 
 def _refusal(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body; what the client sent is not repeated."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    # of a value of several kinds the one that it was meant to be
+    first = next((each for each in errors if each["type"] == UNKNOWN_NAME), errors[0])
     places = [str(part) for part in first["loc"] if isinstance(part, (int, str))]
     if first["type"] == UNKNOWN_NAME:
         places.append(first["ctx"]["name"])
@@ -110,11 +118,11 @@ class EventStream:
     """A response of server-sent events, the last of which is [DONE]; stops when the client leaves or does not read.
 
     Args:
-        events: the objects of the events. An exception becomes an event with its error.
+        events: the objects of the events, or their text in JSON. An exception becomes an event with its error.
         cancel: called once nothing more is wanted.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], cancel: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any] | str], cancel: Callable[[], None]) -> None:
         self.events, self.cancel = events, cancel
         self._since: float | None = None  # when the event that is being sent began
 
@@ -159,7 +167,7 @@ class EventStream:
         await pass_on({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for event in self.events:
-                await write(json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+                await write(event if isinstance(event, str) else dumped(event))
         except OSError:
             raise
         except Exception as error:
@@ -170,11 +178,19 @@ class EventStream:
 
 
 class Guard:
-    """In front of every endpoint: the key, an id for each request, counts, and errors as OpenAI's."""
+    """In front of every endpoint: hosts and the key, an id for each request, counts, and errors as OpenAI's."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        allowed_hosts: Collection[str] | None,
+        metrics: Metrics,
+        paths: Collection[str],
+    ) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths
         self.key = None if api_key is None else api_key.encode()
+        self.hosts = None if allowed_hosts is None else Hosts(allowed_hosts, OPEN_PATHS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -195,11 +211,9 @@ class Guard:
             await send(message)
 
         try:
-            if self.key is not None and path not in OPEN_PATHS and not self._knows(headers):
-                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await error_response(error)(scope, receive, counted)
-            else:
-                await self.app(scope, receive, counted)
+            refusal = self._refusal(scope["method"], path, headers)
+            answer = self.app if refusal is None else error_response(refusal)
+            await answer(scope, receive, counted)
         except Exception as error:
             log.exception("a request failed")
             if not status:
@@ -207,6 +221,12 @@ class Guard:
         finally:
             route = path if path in self.paths else "other"
             self.metrics.answered(route, status, time.monotonic() - started)
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        refusal = None if self.hosts is None else self.hosts.refusal(method, path, headers)
+        if refusal is None and self.key is not None and path not in OPEN_PATHS and not self._knows(headers):
+            return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        return refusal
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")

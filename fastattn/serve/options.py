@@ -25,6 +25,9 @@ class ServeOptions:
         timeout: seconds after which a request fails.
         drain: seconds that running requests get to finish when the server is told to stop.
         api_key: what clients have to show as bearer; None = nothing.
+        allowed_hosts: what the Host header may name besides localhost and the addresses of loopback; pages of other
+            origins are then refused as well. None = any host and origin; `fastattn serve` itself, on an address of
+            loopback and without a key, takes none but its own.
         log_prompts: whether the log holds the bodies of requests, with their prompts.
     """
 
@@ -42,6 +45,7 @@ class ServeOptions:
     timeout: float = 600.0
     drain: float = 30.0
     api_key: str | None = None
+    allowed_hosts: tuple[str, ...] | None = None
     log_prompts: bool = False
 
 

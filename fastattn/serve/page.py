@@ -32,7 +32,7 @@ POLICY = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'n
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",
     "cache-control": "no-cache",
 }
 

@@ -7,7 +7,7 @@ import base64
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -19,7 +19,14 @@ from fastattn.serve.encoders import Job
 from fastattn.serve.errors import ApiError, of_exception, of_failure
 from fastattn.serve.http import new_id, unless_gone
 from fastattn.serve.options import ServeOptions
-from fastattn.serve.schemas import ClassifyBody, EmbeddingBody, PredictBody, RerankBody, TokenizeBody
+from fastattn.serve.schemas import (
+    ClassifyBody,
+    EmbeddingBody,
+    EncoderBody,
+    PredictBody,
+    RerankBody,
+    TokenizeBody,
+)
 from fastattn.serve.served import Decoder, Encoder
 from fastattn.tasks import classify, embed, predict
 from fastattn.tasks.batches import label_name
@@ -33,8 +40,13 @@ async def run(
     examples: list[dict[str, Any]],
     limits: ServeOptions,
     options: dict[str, Any] | None = None,
+    fits: Callable[[Encoder, list[int]], int] | None = None,
 ) -> tuple[Found, int]:
-    """The predictions of the model's task for examples, and how many tokens these are."""
+    """The predictions of the model's task for examples, and how many tokens these are.
+
+    `fits` gives the most tokens of an example that are read, from the model and the tokens of each, or refuses them;
+    without it what the model does not read is left out.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Found] = loop.create_future()
 
@@ -49,9 +61,12 @@ async def run(
     def on_done(result: Found | Exception) -> None:
         loop.call_soon_threadsafe(settle, result)
 
-    tokens = await run_in_threadpool(tokens_of, model, examples)
+    tokens, longest = await run_in_threadpool(tokens_of, model, examples), model.longest
+    most = longest if fits is None else fits(model, tokens)
+    tokens = [min(count, most) for count in tokens]
+    shorter = {"max_length": most} if most < longest else {}
     deadline = time.monotonic() + limits.timeout
-    job = Job(examples, tokens, options or {}, on_done, deadline)
+    job = Job(examples, tokens, {**(options or {}), **shorter}, on_done, deadline)
     try:
         model.worker.submit(job)
     except Exception as error:
@@ -63,14 +78,42 @@ async def run(
 
 
 def tokens_of(model: Encoder, examples: Sequence[dict[str, Any]]) -> list[int]:
-    """How many tokens of each example are read."""
+    """How many tokens each example has."""
     if examples and "ids" in examples[0]:
         return [len(each["ids"]) for each in examples]
     texts = [list(each.values()) for each in examples]
     if model.task is embed:  # behind the folder's prompt
         texts = [[text] for text in model.model.prepared([each[0] for each in texts])]
     encoded = model.core.encode_batch([t[0] if len(t) == 1 else tuple(t[:2]) for t in texts])
-    return [min(len(each.ids), model.longest) for each in encoded]
+    return [len(each.ids) for each in encoded]
+
+
+def fitting(
+    body: EncoderBody, examples: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Callable[[Encoder, list[int]], int]:
+    """What `run` takes as `fits` for the examples of a body, each of which stands under a name of it.
+
+    A text with more tokens than the model reads is refused, unless the body asks for truncation. Token ids are not
+    truncated: they would lose the special tokens at their end.
+    """
+    pairs, ids = "text_pair" in examples[0], "ids" in examples[0]
+
+    def fits(model: Encoder, tokens: list[int]) -> int:
+        longest, asked = model.longest, body.truncate_prompt_tokens
+        least = model.core.num_special_tokens_to_add(pairs) + 1
+        if asked is not None and asked != -1 and not least <= asked <= longest:
+            message = f"truncate_prompt_tokens: got {asked}, needs {least} to {longest}, or -1 for {longest}"
+            raise ApiError(400, message, param="truncate_prompt_tokens")
+        most = longest if asked is None or asked == -1 else asked
+        if (asked is None or ids) and max(tokens) > most:
+            count = max(tokens)
+            name = names[tokens.index(count)]
+            how = "" if ids else "; with truncate_prompt_tokens: -1 it reads the first ones"
+            message = f"{name}: got {count} tokens, this model reads {most} at most{how}"
+            raise ApiError(400, message, param=name, code="context_length_exceeded")
+        return most
+
+    return fits
 
 
 def texts_of(given: Any, limits: ServeOptions, name: str = "input") -> list[str]:
@@ -95,10 +138,10 @@ def inputs_of(given: Any, model: Encoder, limits: ServeOptions) -> list[dict[str
         return [{"text": text} for text in texts_of(listed, limits)]
     if len(listed) > limits.max_inputs:
         raise ApiError(400, f"input: got {len(listed)}, needs 1 to {limits.max_inputs}", param="input")
-    size, longest = model.model.config.vocab_size, model.longest
+    size = model.model.config.vocab_size
     for ids in listed:
-        if not 0 < len(ids) <= longest:
-            raise ApiError(400, f"input: got {len(ids)} token ids, needs 1 to {longest}", param="input")
+        if not ids:
+            raise ApiError(400, "input: got an empty list of token ids, needs one at least", param="input")
         if not all(0 <= token < size for token in ids):
             raise ApiError(400, f"input: needs token ids from 0 to {size - 1}", param="input")
     return [{"ids": ids} for ids in listed]
@@ -118,14 +161,23 @@ async def embeddings(
     width = model.model.config.hidden_size
     if body.dimensions is not None and body.dimensions > width:
         raise ApiError(400, f"dimensions: got {body.dimensions}, needs {width} at most", param="dimensions")
-    found, tokens = await run(http, model, inputs_of(body.input, model, limits), limits)
-    data = []
-    for index, each in enumerate(found):
-        vector = shortened(each["embedding"], body.dimensions)
-        shown: Any = vector
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(array("f", vector).tobytes()).decode("ascii")
-        data.append({"object": "embedding", "index": index, "embedding": shown})
+    examples = inputs_of(body.input, model, limits)
+    fits = fitting(body, examples, ["input"] * len(examples))
+    found, tokens = await run(http, model, examples, limits, fits=fits)
+
+    def shown(vector: list[float]) -> Any:
+        vector = shortened(vector, body.dimensions)
+        if body.encoding_format == "float":
+            return vector
+        return base64.b64encode(array("f", vector).tobytes()).decode("ascii")
+
+    def entries() -> Found:
+        return [
+            {"object": "embedding", "index": index, "embedding": shown(each["embedding"])}
+            for index, each in enumerate(found)
+        ]
+
+    data = await run_in_threadpool(entries)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
@@ -145,12 +197,13 @@ async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: Se
     (query,) = texts_of(body.query, limits, "query")
     if model.task is embed:
         examples = [{"text": text} for text in (query, *documents)]
-        found, tokens = await run(http, model, examples, limits)
-        first, *others = (each["embedding"] for each in found)
-        scores = [cosine(first, other) for other in others]
+        fits = fitting(body, examples, ["query", *["documents"] * len(documents)])
+        found, tokens = await run(http, model, examples, limits, fits=fits)
+        scores = await run_in_threadpool(cosines, [each["embedding"] for each in found])
     elif model.task is classify and model.model.config.num_labels == 1:
         examples = [{"text": query, "text_pair": text} for text in documents]
-        found, tokens = await run(http, model, examples, limits)
+        fits = fitting(body, examples, ["documents"] * len(documents))
+        found, tokens = await run(http, model, examples, limits, fits=fits)
         scores = [each["labels"][0]["score"] for each in found]
     else:
         raise wrong_head(model, "/rerank")
@@ -162,6 +215,11 @@ async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: Se
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         "results": results,
     }
+
+
+def cosines(vectors: Sequence[Sequence[float]]) -> list[float]:
+    """Those of the first vector with each of the others."""
+    return [cosine(vectors[0], other) for other in vectors[1:]]
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
@@ -176,21 +234,25 @@ async def classification(
     """The likeliest label of each text and the scores of all, in the order of the model's labels."""
     if model.task is not classify:
         raise wrong_head(model, "/classify")
-    texts = texts_of(body.input, limits)
-    found, tokens = await run(http, model, [{"text": text} for text in texts], limits)
+    examples = [{"text": text} for text in texts_of(body.input, limits)]
+    fits = fitting(body, examples, ["input"] * len(examples))
+    found, tokens = await run(http, model, examples, limits, fits=fits)
     config = model.model.config
     names = [label_name(config, i) for i in range(config.num_labels)]
-    data = []
-    for index, each in enumerate(found):
-        scores = {entry["label"]: entry["score"] for entry in each["labels"]}
-        data.append(
-            {
-                "index": index,
-                "label": each["labels"][0]["label"],
-                "probs": [scores[name] for name in names],
-                "num_classes": config.num_labels,
-            }
-        )
+
+    def entry(index: int, labels: Found) -> dict[str, Any]:
+        scores = {each["label"]: each["score"] for each in labels}
+        return {
+            "index": index,
+            "label": labels[0]["label"],
+            "probs": [scores[name] for name in names],
+            "num_classes": config.num_labels,
+        }
+
+    def entries() -> Found:
+        return [entry(index, each["labels"]) for index, each in enumerate(found)]
+
+    data = await run_in_threadpool(entries)
     return {
         "id": new_id("classify"),
         "object": "list",
@@ -235,7 +297,8 @@ def tokenize(body: TokenizeBody, model: Decoder | Encoder) -> dict[str, Any]:
     if body.messages is not None:
         if not isinstance(model, Decoder):
             raise ApiError(400, f"messages: {model.name} reads no conversations", param="messages")
-        ids = dialogue_ids(model, body.messages, body.add_generation_prompt)
+        special = body.add_special_tokens is True  # a template has its own
+        ids = dialogue_ids(model, body.messages, body.add_generation_prompt, special)
     else:
         assert body.prompt is not None
         check_text("prompt", body.prompt)

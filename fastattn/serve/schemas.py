@@ -97,7 +97,7 @@ class Sampling(Body):
 
     n: Annotated[StrictInt, Field(ge=1), _null_is(1)] = 1
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: StrictInt | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -110,6 +110,7 @@ class Sampling(Body):
     ) = None
     seed: StrictInt | None = None
     stop: Stop = None
+    stop_token_ids: Listed[StrictInt] | None = None
     ignore_eos: Flag = False
     response_format: dict[str, Any] | None = None
     stream: Flag = False
@@ -120,6 +121,7 @@ class Sampling(Body):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
 
 class CompletionBody(Sampling):
@@ -133,7 +135,7 @@ class CompletionBody(Sampling):
     suffix: StrictStr | None = None
 
 
-class TextPart(BaseModel):
+class TextPart(Named):
     """A part of a message."""
 
     type: Literal["text"]
@@ -168,10 +170,26 @@ class ChatBody(Sampling):
     logprobs: Flag = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_SCORES)] | None = None
     tools: Absent = None
-    tool_choice: Literal["none"] | None = None
+    functions: Absent = None
+    # of OpenAI's API, which holds what is done anyway: text, and no calls of tools
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Listed[Literal["text"]] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
 
 
-class EmbeddingBody(Body):
+class EncoderBody(Body):
+    """Of encoders: -1 truncates texts to what the model reads, another number to so many tokens."""
+
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=-1)] | None = None
+
+
+class EmbeddingBody(EncoderBody):
     """Of /v1/embeddings."""
 
     input: StrictStr | Ids | Listed[StrictStr] | Listed[Ids]
@@ -179,7 +197,7 @@ class EmbeddingBody(Body):
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
-class RerankBody(Body):
+class RerankBody(EncoderBody):
     """Of /rerank."""
 
     query: StrictStr
@@ -187,7 +205,7 @@ class RerankBody(Body):
     top_n: Annotated[Count, _null_is(0)] = 0
 
 
-class ClassifyBody(Body):
+class ClassifyBody(EncoderBody):
     """Of /classify."""
 
     input: StrictStr | Listed[StrictStr]

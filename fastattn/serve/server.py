@@ -7,10 +7,12 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastattn import console
 from fastattn.console import InputError
+from fastattn.serve.hosts import host_name, is_loopback
 from fastattn.serve.options import ServeOptions
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -45,6 +47,9 @@ def check_options(folders: Sequence[Path], options: ServeOptions) -> None:
     key = options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise InputError("--api-key: needs printable ASCII without spaces around it")
+    for name in options.allowed_hosts or ():
+        if not name or host_name(f"[{name}]" if ":" in name else name) != name.lower():
+            raise InputError(f"--allowed-host: got {name[:40]!r}, needs a name or an address, without a port")
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -66,6 +71,13 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+def with_hosts(options: ServeOptions, host: str, address: str) -> ServeOptions:
+    """The options of a server at an address: one of loopback without a key answers its own names and origin alone."""
+    if options.api_key is None and options.allowed_hosts is None and is_loopback(address):
+        return replace(options, allowed_hosts=(host,))
+    return options
+
+
 def log_to_stderr() -> None:
     """Where the process has no logging of its own: messages from INFO up, with time and logger."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -85,9 +97,11 @@ def serve(
     import uvicorn
 
     from fastattn.serve.app import create_app
+    from fastattn.serve.protocol import limited_protocol
     from fastattn.serve.served import load_all
 
     log_to_stderr()
+    options = with_hosts(options, host, listening.getsockname()[0])
     models = load_all(folders, options)
     app = create_app(models, options)
 
@@ -100,6 +114,8 @@ def serve(
 
     config = uvicorn.Config(
         app,
+        http=limited_protocol(),
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=ANSWER_SECONDS,

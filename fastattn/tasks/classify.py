@@ -362,6 +362,7 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
     top_k: int | None = None,
+    max_length: int | None = None,
 ) -> list[dict[str, Any]]:
     """The labels of texts, likeliest first.
 
@@ -371,13 +372,15 @@ def predict(
         examples: dicts with "text" and, for pairs, "text_pair".
         batch_size: texts at a time.
         top_k: most labels of a text; None for all.
+        max_length: most tokens of a text or pair, which is truncated there; None for the limit of the folder.
 
     Returns:
         For each example {"labels": [{"label", "score"}, ...], "cut": the number of tokens that did not fit}; score is a
         probability, for a regression the number itself.
     """
     texts = [(e["text"], e["text_pair"]) if "text_pair" in e else e["text"] for e in examples]
-    rows = tokenizer.encode(texts, max_tokens(model, tokenizer))
+    longest = max_tokens(model, tokenizer)
+    rows = tokenizer.encode(texts, longest if max_length is None else min(longest, max_length))
     found = run(model, rows, batch_size, lambda out, i, _: decode(out.logits[i], model.config, top_k))
     return [{"labels": labels, "cut": row.cut} for labels, row in zip(found, rows)]
 

@@ -294,6 +294,7 @@ def predict(
     examples: Sequence[dict[str, Any]],
     *,
     batch_size: int = BATCH_SIZE,
+    max_length: int | None = None,
 ) -> list[dict[str, Any]]:
     """The vectors of texts, as lists.
 
@@ -305,12 +306,13 @@ def predict(
         examples: dicts with "text"; or with "ids", token ids that are read as they are, special tokens and all, at most
             `longest_read` of them.
         batch_size: texts at a time.
+        max_length: most tokens of a text, which is truncated there; None for the limit of the folder.
 
     Returns:
         For each example {"embedding": E numbers, "cut": the number of truncated tokens}.
     """
     texts = [e["text"] for e in examples if "ids" not in e]
-    made = iter(rows_of(model, tokenizer, texts, Options()) if texts else ())
+    made = iter(rows_of(model, tokenizer, texts, Options(max_length=max_length)) if texts else ())
     rows = [_row(e["ids"]) if "ids" in e else next(made) for e in examples]
     found = run(model, rows, batch_size, lambda out, i, _: out.embeddings[i].tolist())
     return [{"embedding": vector, "cut": row.cut} for vector, row in zip(found, rows)]

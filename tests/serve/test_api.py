@@ -24,6 +24,7 @@ from fastattn.serve.served import load_all
 from fastattn.tasks import predict
 
 PROMPT = "the river runs"
+JSON = {"Content-Type": "application/json"}
 
 
 def complete(client: Any, **body: Any) -> dict[str, Any]:
@@ -343,7 +344,7 @@ def test_limits_of_a_server(folders: dict[str, Path]) -> None:
         def chunks() -> Any:
             yield from (b" " * 100 for _ in range(3))
 
-        assert client.post("/v1/completions", content=chunks()).status_code == 413
+        assert client.post("/v1/completions", content=chunks(), headers=JSON).status_code == 413
         refused = client.post("/v1/completions", json={**body, "max_tokens": 6})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
         late = client.post("/v1/completions", json=body)

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as TooLate
 from typing import Any
 
 import pytest
+import torch
 
 from fastattn.serve.in_time import InTime
 from fastattn.serve.repetitions import nested_repetitions
@@ -66,6 +67,8 @@ def test_formats_that_cannot_be_kept_to_are_refused(client: Any) -> None:
         {"type": "regex", "regex": "(("},
         {"type": "json_schema"},
         {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "array", "uniqueItems": True}}},
+        {"type": "regex", "regex": "a^b"},
     ):
         response = ask(client, response_format=form)
         assert response.status_code == 400, form
@@ -73,6 +76,28 @@ def test_formats_that_cannot_be_kept_to_are_refused(client: Any) -> None:
     for name, value in (("ignore_eos", True), ("min_tokens", 1), ("no_repeat_ngram_size", 2)):
         response = ask(client, response_format={"type": "json_object"}, **{name: value})
         assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+def test_any_json_object_is_an_object_with_little_white_space(client: Any) -> None:
+    pytest.importorskip("xgrammar")
+    model = client.app.state.models["chat"]
+    make = model.grammars.constraint({"type": "json_object"})
+    assert make is not None
+    core, size = model.tokenizer.core, model.engine.vocab_size
+
+    def follows(text: str, character: str) -> bool:
+        ids = [token for one in text for token in core.encode(one).ids]
+        processor = make()
+        for count in range(len(ids) + 1):  # the first call knows the prompt alone
+            scores = processor(torch.tensor([[0, *ids[:count]]]), torch.zeros(1, size))
+        (token,) = core.encode(character).ids
+        return bool(scores[0, token].isfinite())
+
+    assert follows("", "{")
+    assert not any(follows("", character) for character in '["1tn')
+    assert follows("{", " ")
+    assert not follows("{  ", " ")
+    assert follows('{"a":', "[")
 
 
 def test_without_xgrammar_the_error_names_the_extra(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

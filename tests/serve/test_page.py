@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytest.importorskip("prometheus_client")
 from fastattn.serve import page
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.served import load_all
+from fastattn.tasks import predict
 
 KEY = "a key"
 OPTIONS = ServeOptions(page_size=8, max_batch=4)
@@ -107,6 +109,21 @@ def test_attention_refuses(client: Any, body: dict[str, Any], param: str) -> Non
     assert param in response.json()["error"]["message"]
 
 
+def test_every_field_of_a_prediction_can_be_entered() -> None:
+    fields = re.search(r"const FIELDS = \{.*?\n\};", page_text("/page.js"), re.DOTALL)
+    assert fields is not None
+    for task in predict.TASKS:
+        (row,) = re.findall(rf"^  {task.NAME}: \[(.*)\],$", fields[0], re.MULTILINE)
+        entered = re.findall(r'\["(\w+)", "[^"]+"(, true)?\]', row)
+        assert [name for name, optional in entered if not optional] == list(task.FIELDS)
+        assert [name for name, optional in entered if optional] == list(task.OPTIONAL)
+
+
+def page_text(path: str) -> str:
+    folder = Path(page.__file__).with_name("page_files")
+    return (folder / page.FILES[path][0]).read_text(encoding="utf-8")
+
+
 @pytest.mark.downloads
 def test_in_a_browser(folders: list[Path]) -> None:
     """Needs playwright and Chromium; everything is done with the keyboard but the choice of a model."""
@@ -142,7 +159,17 @@ def test_in_a_browser(folders: list[Path]) -> None:
         assert tab.locator("#map-title").inner_text() == "Layer 1, head 1"
         assert tab.locator("#weights tbody tr").count() > 1
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-        texts = {"text": "the [MASK] tower", "question": "who lives?", "context": "anna lives in paris"}
+        asked_pair: list[Any] = []
+        tab.on(
+            "request",
+            lambda request: asked_pair.append(request.post_data_json) if request.post_data else None,
+        )
+        texts = {
+            "text": "the [MASK] tower",
+            "text_pair": "",
+            "question": "who lives?",
+            "context": "anna lives in paris",
+        }
         for name in HEADS:
             tab.select_option("#model", name)
             for area in tab.locator("#inputs textarea").all():
@@ -151,7 +178,19 @@ def test_in_a_browser(folders: list[Path]) -> None:
             tab.keyboard.press("Enter")
             tab.wait_for_selector("#results tbody tr")
             assert tab.locator("#message").is_hidden(), tab.locator("#message").inner_text()
+        tab.select_option("#model", "classify")
+        for name in ("text", "text_pair"):
+            tab.fill(f"#input-{name}", f"the {name}")
+        tab.focus("#run")
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector("#results tbody tr")
+        tab.focus("#attend")
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector("#map-0-0")
         browser.close()
+    pair = {"text": "the text", "text_pair": "the text_pair"}
+    assert asked_pair[-2:] == [{"model": "classify", "data": [pair]}, {"model": "classify", **pair}]
+    assert {"model": "classify", "data": [{"text": texts["text"]}]} in asked_pair
     assert not errors
     assert all(each.startswith((url, "data:")) for each in asked)
 
@@ -164,7 +203,8 @@ class listening:
 
         from fastattn.serve.app import create_app
 
-        app = create_app(load_all(folders, OPTIONS), OPTIONS)
+        options = replace(OPTIONS, allowed_hosts=())  # as on this machine without a key
+        app = create_app(load_all(folders, options), options)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
         self.socket = config.bind_socket()
         self.server = uvicorn.Server(config)

@@ -19,6 +19,7 @@ from fastattn.serve.errors import ApiError
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.served import load_all
 
+JSON = {"Content-Type": "application/json"}
 REFUSED: dict[str, tuple[str, Any, int, str]] = {
     "not JSON": ("/v1/completions", b"{", 400, "JSON"),
     "no object": ("/v1/completions", b"[]", 400, "body"),
@@ -104,7 +105,7 @@ REFUSED: dict[str, tuple[str, Any, int, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_named_in_openais_form(client: Any, case: str) -> None:
     path, body, status, part = REFUSED[case]
-    options = {"content": body} if isinstance(body, bytes) else {"json": body}
+    options = {"content": body, "headers": JSON} if isinstance(body, bytes) else {"json": body}
     response = client.post(path, **options)
     assert response.status_code == status, response.text
     error = response.json()["error"]

@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Server:
         }
         data = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        head += f"Content-Length: {len(data)}\r\n\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(head.encode() + data)
         return connection
@@ -73,7 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("serve")
     serve_cases.save_gpt(root / "gpt2", n_positions=4096)
     serve_cases.save_encoder(root / "minilm", "Model")
-    with started(["-m", "fastattn", "serve", "gpt2", "minilm", "--port=0"], root) as made:
+    serve_cases.save_gpt(root / "smollm2", chat=True)
+    with started(["-m", "fastattn", "serve", "gpt2", "minilm", "smollm2", "--port=0"], root) as made:
         yield made
 
 
@@ -85,7 +87,7 @@ def started(words: list[str], root: Path, errors: Any = None) -> Iterator[Server
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.fullmatch(r"serving gpt2(?:, minilm)? on http://127\.0\.0\.1:(\d+)\n", line)
+            found = re.fullmatch(r"serving gpt2(?:, minilm, smollm2)? on http://127\.0\.0\.1:(\d+)\n", line)
             assert found, line
             made = Server(process, int(found[1]))
             for _ in range(200):
@@ -100,24 +102,34 @@ def started(words: list[str], root: Path, errors: Any = None) -> Iterator[Server
 
 def test_the_examples_of_the_page_run(server: Server) -> None:
     blocks = [b for b in blocks_of(PAGE, "serve.md") if "test_the_examples_of_the_page_run" in b.note]
-    assert [block.language for block in blocks] == ["python", "bash"]
-    python, bash = (b.code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for b in blocks)
+    assert [block.language for block in blocks] == ["python", "python", "python", "bash"]
+    *python, bash = (b.code.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}") for b in blocks)
     if shutil.which("curl"):
         done = subprocess.run(["bash", "-ec", bash], capture_output=True, text=True, timeout=60, check=True)
         completion, ranking = re.split(r"(?<=\})(?=\{)", done.stdout)
         assert json.loads(completion)["usage"]["completion_tokens"] <= 20
         assert len(json.loads(ranking)["results"]) == 2
     pytest.importorskip("openai")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(python, "docs/serve.md", "exec"), {"__name__": "__main__"})
-    assert printed.getvalue().splitlines()[-1].endswith("2 32")
+    names: dict[str, Any] = {"__name__": "__main__"}
+
+    def said(code: str) -> str:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "docs/serve.md", "exec"), names)
+        return printed.getvalue()
+
+    assert said(python[0]).splitlines()[-1].endswith("2 32")
+    assert said(python[1])
+    assert names["answer"].choices[0].message.role == "assistant"
+    assert names["chunk"].choices[0].finish_reason in ("stop", "length")
+    if find_spec("xgrammar"):
+        assert said(python[2]).strip() in names["schema"]["properties"]["river"]["enum"]
 
 
 def test_openais_client_reads_errors_and_log_probabilities(server: Server) -> None:
     openai: Any = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="x", max_retries=0)
-    assert {model.id for model in client.models.list()} == {"gpt2", "minilm"}
+    assert {model.id for model in client.models.list()} == {"gpt2", "minilm", "smollm2"}
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt3", prompt="a")
     assert missing.value.code == "model_not_found"

@@ -2,8 +2,8 @@
 // The page asks the API of its own server, and nothing else.
 const $ = (id) => document.getElementById(id);
 const state = { models: [], tokens: [], chosen: -1, abort: null, runs: 0, draws: 0, text: "", maps: null, layer: 0, head: 0, query: 0 };
-const FIELDS = { // of an entry of /predict, by the task of the model
-  classify: [["text", "Text"]],
+const FIELDS = { // of an entry of /predict, by the task of the model: name, label, and whether it may be empty
+  classify: [["text", "Text"], ["text_pair", "Second text of a pair (optional)", true]],
   tag: [["text", "Text"]],
   qa: [["question", "Question"], ["context", "Context"]],
   fill: [["text", "Text with a mask"]],
@@ -53,14 +53,14 @@ function chooseModel() {
   state.abort?.abort();
   const generates = model.task === "generate";
   const fields = generates ? [["prompt", "Prompt"]] : FIELDS[model.task] || [["text", "Text"]];
-  $("inputs").replaceChildren(...fields.map(([name, label]) => {
+  $("inputs").replaceChildren(...fields.map(([name, label, optional]) => {
     const box = document.createElement("label");
     box.append(label);
     const area = document.createElement("textarea");
     area.id = `input-${name}`;
     area.name = name;
     area.spellcheck = false;
-    area.required = true;
+    area.required = !optional;
     area.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); $("form").requestSubmit(); }
     });
@@ -181,9 +181,11 @@ function fill(table, rows) {
 
 async function predict(run) {
   const body = {};
-  for (const area of $("inputs").querySelectorAll("textarea")) body[area.name] = area.value;
+  for (const area of $("inputs").querySelectorAll("textarea")) {
+    if (area.required || area.value.trim()) body[area.name] = area.value;
+  }
   state.text = body.text ?? `${body.question}\n${body.context}`;
-  state.pair = body.question === undefined ? null : [body.question, body.context];
+  state.pair = body.question !== undefined ? [body.question, body.context] : body.text_pair !== undefined ? [body.text, body.text_pair] : null;
   $("run").disabled = true;
   try {
     const found = await (await ask("predict", { model: $("model").value, data: [body] })).json();
@@ -249,7 +251,7 @@ async function attend() {
   $("attend").disabled = true;
   try {
     const body = { model: $("model").value, text: state.text };
-    if (state.pair && current().task === "qa") Object.assign(body, { text: state.pair[0], text_pair: state.pair[1] });
+    if (state.pair && ["qa", "classify"].includes(current().task)) Object.assign(body, { text: state.pair[0], text_pair: state.pair[1] });
     const found = await (await ask("attention", body)).json();
     if (run !== state.runs) return;
     const bytes = Uint8Array.from(atob(found.weights), (c) => c.charCodeAt(0));
