@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from starlette.concurrency import run_in_threadpool
-from torch import Tensor
 
 from fastattn.generation.options import Options
 from fastattn.generation.stopping import special_tokens
