@@ -109,8 +109,6 @@ def patterns_of(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
         if isinstance(pattern := schema.get("pattern"), str):
             yield pattern
-        if isinstance(named := schema.get("patternProperties"), dict):
-            yield from named
     for inner in schema.values() if isinstance(schema, dict) else schema:
         if isinstance(inner, (dict, list)):
             yield from patterns_of(inner)
