@@ -54,6 +54,7 @@ HOSTILE: dict[tuple[str, str], tuple[str, ...]] = {
     ("serve", "--kv-memory"): (*NUMBERS, "0"),
     ("serve", "--page-size"): (*NUMBERS, "0", "100000"),
     ("serve", "--api-key"): ("", " ", "a\nb", "a b\0", "\N{SNOWMAN}"),
+    ("serve", "--allowed-host"): ("", " ", "a:80", "http://a", "a/b", "[::1]", "a\0", "\N{SNOWMAN}", LONG),
     ("evaluate", "--data"): ("", LONG, "/nowhere/at/all", "/dev/null", "/proc/self/mem", "/dev"),
     ("evaluate", "--task"): ("", "x", "classify,tag", LONG),
     ("evaluate", "--baseline"): ("", "x", "lead", "tfidf", LONG),  # the last two without --train

@@ -95,7 +95,7 @@ CONFINED = {
     "tokenizers": ("data", "models/embedding.py"),
     "typer": ("cli",),
     "fastapi": ("serve/app.py",),
-    "uvicorn": ("serve/server.py",),
+    "uvicorn": ("serve/server.py", "serve/protocol.py"),
     "prometheus_client": ("serve/metrics.py",),
     "ray": ("serve/ray_app.py",),
     "matplotlib": ("plot.py",),

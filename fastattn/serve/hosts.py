@@ -3,11 +3,14 @@ machine could send requests to 127.0.0.1, and read the answers by a name of its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from fastattn.serve.errors import ApiError
+
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,252}")
 
 
 class Hosts:
@@ -47,6 +50,14 @@ def host_name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def is_host(name: str) -> bool:
+    """Whether this is a name or an address without port and brackets, as the Host header spells it."""
+    try:
+        return bool(_NAME.fullmatch(name) or ip_address(name))
+    except ValueError:
+        return False
 
 
 def is_loopback(address: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastattn import console
 from fastattn.console import InputError
-from fastattn.serve.hosts import host_name, is_loopback
+from fastattn.serve.hosts import is_host, is_loopback
 from fastattn.serve.options import ServeOptions
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -48,7 +48,7 @@ def check_options(folders: Sequence[Path], options: ServeOptions) -> None:
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise InputError("--api-key: needs printable ASCII without spaces around it")
     for name in options.allowed_hosts or ():
-        if not name or host_name(f"[{name}]" if ":" in name else name) != name.lower():
+        if not is_host(name):
             raise InputError(f"--allowed-host: got {name[:40]!r}, needs a name or an address, without a port")
 
 
