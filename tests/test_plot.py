@@ -186,8 +186,18 @@ def test_labels_stand_within_the_picture(monkeypatch: pytest.MonkeyPatch) -> Non
         ((weights(), TOKENS), {"path": "maps.pdf"}, ValueError, "path: got 'maps.pdf', needs a name"),
         ((None, TOKENS), {}, TypeError, "attentions: needs a tensor for each layer"),
         (((torch.ones(2, 3, 5, 5),), TOKENS), {}, ValueError, r"attentions\[0\]: got shape \(2, 3, 5, 5\)"),
-        ((weights(1, 1, 6, 5), TOKENS), {}, ValueError, "query_tokens: got None, needs the texts of the 6 queries"),
-        ((weights(), TOKENS), {"query_tokens": TOKENS[:4]}, ValueError, "query_tokens: got 4, needs one for each of"),
+        (
+            (weights(1, 1, 6, 5), TOKENS),
+            {},
+            ValueError,
+            "query_tokens: got None, needs the texts of the 6 queries",
+        ),
+        (
+            (weights(), TOKENS),
+            {"query_tokens": TOKENS[:4]},
+            ValueError,
+            "query_tokens: got 4, needs one for each of",
+        ),
         ((weights(), TOKENS), {"query_tokens": "abcde"}, TypeError, "query_tokens: needs a list of texts"),
     ],
 )

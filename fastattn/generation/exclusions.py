@@ -65,9 +65,13 @@ class Exclusions:
             grams = ids[:, :width].unfold(1, self.size, 1)  # (R, N, size)
             ends = torch.arange(self.size, width + 1, device=ids.device)  # where each ends
             places = self.lengths[:, None] - count + torch.arange(count, device=ids.device)
-            last = ids.gather(1, places.clamp(min=0))  # of a shorter row anything: none of its n-grams is whole
+            last = ids.gather(
+                1, places.clamp(min=0)
+            )  # of a shorter row anything: none of its n-grams is whole
             same = (grams[..., :count] == last[:, None]).all(-1) & (ends <= self.lengths[:, None])
-            found.scatter_(1, torch.where(same, grams[..., -1], vocab_size), True)  # the last column is of no token
+            found.scatter_(
+                1, torch.where(same, grams[..., -1], vocab_size), True
+            )  # the last column is of no token
         return found[:, :vocab_size]
 
     def add(self, tokens: Tensor, rows: Tensor | None = None) -> None:

@@ -28,7 +28,10 @@ HONOURED = (
     "no_repeat_ngram_size", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "num_return_sequences",
     "stop_strings", "prompt_lookup_num_tokens",
 )  # fmt: skip
-WITH_PROMPT = ("max_length", "min_length")  # stand for max_new_tokens and min_new_tokens, and count the prompt too
+WITH_PROMPT = (
+    "max_length",
+    "min_length",
+)  # stand for max_new_tokens and min_new_tokens, and count the prompt too
 NOT_COMPUTED: dict[str, tuple[Any, ...]] = {  # key -> its values without effect
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (None, 0)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), (None, 0)),
@@ -219,6 +222,8 @@ def _with_defaults(options: Options, config: Mapping[str, Any] | None, prompt_le
 
 def _from_lengths(options: Options, config: Mapping[str, Any], prompt_len: int) -> dict[str, int]:
     """max_new_tokens and min_new_tokens by a generation_config's lengths, which count the prompt too."""
+    longest: Any
+    least: Any
     longest, least = (config.get(name) for name in WITH_PROMPT)
     made = {}
     if is_integer(longest) and options.max_new_tokens is None and config.get("max_new_tokens") is None:

@@ -79,7 +79,9 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         self.lower_case = False  # whether `encode` puts texts into lower case first
         self.prompts: dict[str, str] = {}  # by name, what `encode` may put in front of texts
         self.default_prompt_name: str | None = None
-        self._settings: dict[str, dict[str, Any]] = {}  # entries of the folder's files that are only written again
+        self._settings: dict[
+            str, dict[str, Any]
+        ] = {}  # entries of the folder's files that are only written again
         self._tokenizer: Any = None
 
     def forward(

@@ -21,11 +21,7 @@ class Int8Linear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if (
-            self.training
-            or torch.compiler.is_compiling()
-            or not without_transforms(input, self.weight)
-        ):
+        if self.training or torch.compiler.is_compiling() or not without_transforms(input, self.weight):
             return super().forward(input)
         rows = input.reshape(-1, self.in_features)
         # a loaded model's parameters require gradients, whether or not its caller wants any

@@ -20,8 +20,6 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fastattn.constants import MAX_INT32
-
 MOST_SCORES = 20  # log-probabilities of a token
 MOST_STOPS = 16
 MOST_BIAS = 100  # in size, of a logit
@@ -103,8 +101,8 @@ class Sampling(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    no_repeat_ngram_size: Annotated[StrictInt, Field(ge=0, le=MAX_INT32)] | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0, le=MAX_INT32)] | None = None
+    no_repeat_ngram_size: Count | None = None
+    min_tokens: Count | None = None
     logit_bias: (
         Annotated[dict[str, Any], _each(_biases, f"numbers from -{MOST_BIAS} to {MOST_BIAS}")] | None
     ) = None

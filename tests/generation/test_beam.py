@@ -94,7 +94,8 @@ def test_beams_go_through_the_modules_of_a_changed_model() -> None:
 
 def test_beams_keep_the_space_before_the_first_word(tmp_path: Path) -> None:
     """Metaspace tokenizers, as those of Llama 2 and Mistral, take it off the first token of what they decode."""
-    vocabulary = {"<unk>": 0, "</s>": 1, **{f"\N{LOWER ONE EIGHTH BLOCK}{word}": 2 + i for i, word in enumerate("abcd")}}
+    words = [f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in "abcd"]
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "</s>", *words])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     core.add_special_tokens(["</s>"])
@@ -103,8 +104,15 @@ def test_beams_keep_the_space_before_the_first_word(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     model, ids = GPT.from_pretrained(tmp_path), torch.tensor([core.encode("a b").ids])
     for beams in (1, 3):
-        words = ["generate", str(tmp_path), "--prompt=a b", "--max-new-tokens=6", f"--num-beams={beams}", "--json"]
-        out = CliRunner().invoke(cli.app, words).stdout
+        command = [
+            "generate",
+            str(tmp_path),
+            "--prompt=a b",
+            "--max-new-tokens=6",
+            f"--num-beams={beams}",
+            "--json",
+        ]
+        out = CliRunner().invoke(cli.app, command).stdout
         made = model.generate(ids, max_new_tokens=6, num_beams=beams)[0].tolist()
         text = json.loads(out)["continuations"][0]["text"]
         assert text.startswith(" ")

@@ -118,15 +118,16 @@ def test_a_file_that_is_too_long_is_refused(
 
 
 def test_what_is_not_given_is_taken_from_the_folder(folder: Path, tmp_path: Path) -> None:
+    prompt = "the end"
     model = GPT.from_pretrained(folder)
     model.generation_config = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 3}
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    beams = expected(folder, PROMPT, num_beams=3)
-    assert beams != expected(folder, PROMPT)
-    assert invoke(tmp_path, f"--prompt={PROMPT}", "--max-new-tokens=12") == (0, beams + "\n", "")
-    plain = invoke(tmp_path, f"--prompt={PROMPT}", "--max-new-tokens=12", "--num-beams=1")
-    assert plain == (0, expected(folder, PROMPT) + "\n", "")
+    beams = expected(folder, prompt, num_beams=3)
+    assert beams != expected(folder, prompt)
+    assert invoke(tmp_path, f"--prompt={prompt}", "--max-new-tokens=12") == (0, beams + "\n", "")
+    plain = invoke(tmp_path, f"--prompt={prompt}", "--max-new-tokens=12", "--num-beams=1")
+    assert plain == (0, expected(folder, prompt) + "\n", "")
 
 
 @pytest.fixture(scope="module")

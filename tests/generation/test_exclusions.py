@@ -50,7 +50,9 @@ def test_ids_are_those_of_transformers(options: dict[str, Any], beams: int) -> N
 
 @pytest.mark.parametrize("invariant", [False, True])
 def test_a_row_is_drawn_as_it_is_alone(invariant: bool) -> None:
-    model = make(torch.float32 if invariant else torch.float64, positions="rotary", eos_token_id=ENDS, pad_token_id=0)
+    model = make(
+        torch.float32 if invariant else torch.float64, positions="rotary", eos_token_id=ENDS, pad_token_id=0
+    )
     ids, mask = prompts((6, 2, 9), "right")
     options: dict[str, Any] = {
         "do_sample": True, "temperature": 0.7, "max_new_tokens": 30, "no_repeat_ngram_size": 2, "min_new_tokens": 12,
@@ -89,5 +91,5 @@ def test_the_settings_of_a_summariser_s_folder_count(name: str, beams: int, tmp_
 
 def test_where_every_token_is_excluded_the_error_says_so() -> None:
     ids, _ = prompts((3,))
-    with pytest.raises(ValueError, match="are not finite, .* or options that exclude every token"):
+    with pytest.raises(ValueError, match=r"are not finite, .* or options that exclude every token"):
         make(vocab_size=61).generate(ids, no_repeat_ngram_size=1, max_new_tokens=61)

@@ -254,7 +254,9 @@ def test_heads_of_other_classes_are_left_out(kind, ending, tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="architectures: no class of fastattn is"):
         report = load(tmp_path).load_report
-    heads = {n for n, _ in theirs.named_parameters() if n.startswith(("score.", "classifier.", "qa_outputs."))}
+    heads = {
+        n for n, _ in theirs.named_parameters() if n.startswith(("score.", "classifier.", "qa_outputs."))
+    }
     assert heads
     assert (set(report.dropped), report.new) == (heads, ())
 

@@ -77,9 +77,11 @@ def test_8_bit_products_are_within_their_bound_and_of_each_row_alone(count, dtyp
 def test_8_bit_layers_round_in_eval_mode_only():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"0": Linear(48, 40), "head": Linear(48, 40)})
-    layer, x = model["0"], torch.randn(3, 5, 48, requires_grad=True)
+    layer, x = model["0"], torch.randint(-9, 10, (3, 5, 48)).float().requires_grad_()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-9, 10, (40, 48)))  # gradients of integers are exact
     exact = layer(x)
-    dout = torch.randn_like(exact)
+    dout = torch.randint_like(exact, -9, 10)
     expected = torch.autograd.grad(exact, (x, layer.weight, layer.bias), dout)
     assert quantize_linears(model, "int8") == 1
     assert type(model["head"]) is Linear
@@ -87,7 +89,7 @@ def test_8_bit_layers_round_in_eval_mode_only():
     model.eval()
     with_gradients = layer(x)
     gradients = torch.autograd.grad(with_gradients, (x, layer.weight, layer.bias), dout)
-    assert all(torch.allclose(got, need, atol=1e-5) for got, need in zip(gradients, expected))
+    assert all(map(torch.equal, gradients, expected))
     x = x.detach()
     assert torch.equal(layer(x), with_gradients)  # the weight alone requires a gradient
     with torch.no_grad():

@@ -157,7 +157,9 @@ def test_a_token_of_white_space_alone_is_no_entity(label: str) -> None:
     found = tag.decode([("O", 0.9), (label, 0.8), ("O", 0.9)], row, "a  b")
     assert found == []
     found = tag.decode([("O", 0.9), (label, 0.8), ("I-A", 0.6)], row, "a  b")
-    assert [(each["entity"], each["start"], each["end"], each["text"]) for each in found] == [("A", 3, 4, "b")]
+    assert [(each["entity"], each["start"], each["end"], each["text"]) for each in found] == [
+        ("A", 3, 4, "b")
+    ]
 
 
 def test_one_label_marks_tokens_over_one_half() -> None:
