@@ -75,7 +75,7 @@ def attention(
         group: the processes, the default group if None.
         segment_ids: (B, S_r) integers; only equal ids attend, negative ids nothing.
         causal, window, alibi_slopes, softcap, sinks, scale, return_lse, backend: as in `fastattn.attention`, of places
-            in the whole sequence. Slopes need causality. The gradient of slopes and sinks is this process's share:
+            in the whole sequence. Slopes need a causal mode. The gradient of slopes and sinks is this process's share:
             sum it over the group as those of other parameters.
 
     Returns:
@@ -90,7 +90,7 @@ def attention(
     rank, length = _check(query, key, value, parts, group, segment_ids)
     causal = arguments.causal_mode(causal) != "none"  # the whole sequence is square, so both modes are one
     if alibi_slopes is not None and not causal:
-        raise ValueError("alibi_slopes: needs causality where the sequence is split over processes")
+        raise ValueError("alibi_slopes: needs causal=True or 'top_left' where the sequence is split")
     keys, values = (_Gather.apply(t, parts, rank, group) for t in (key, value))
     ids = None if segment_ids is None else _gathered(segment_ids, parts, 1, group)
     left, right = (None if side < 0 else side for side in arguments.window_bounds(window))
