@@ -23,6 +23,7 @@ from fastattn.models.checkpoint.hub import resolve_folder
 from fastattn.models.peft import ADAPTER_CONFIG
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.tasks import causal_lm, chat, classify, dpo, embed, masked_lm, qa, seq2seq, tag
+from fastattn.tasks.samples import sample_of
 from fastattn.tasks.training import learning_rate
 from fastattn.train.adapters import attach_adapters
 from fastattn.train.checkpoint import CURVE, OPTIONS, REPORT, RunDirectory
@@ -38,7 +39,6 @@ from fastattn.train.prepared import Inputs as Inputs
 from fastattn.train.prepared import Prepared
 from fastattn.train.progress import ProgressDisplay
 from fastattn.train.same_run import check_same, describe
-from fastattn.train.samples import sample_of
 from fastattn.train.sections import ConfigError
 from fastattn.train.task_config import Sections, kinds_of, presets_of, read_sections
 from fastattn.train.task_data import check_columns, read_data

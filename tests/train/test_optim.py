@@ -87,7 +87,7 @@ def test_a_run_that_time_ends_has_the_whole_schedule(given, share):
     assert rates[peak] == max(rates) == pytest.approx(2.0)
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] == pytest.approx(0.2)
-    assert rates[round(peak + (1000 - peak) / 2)] == pytest.approx(1.1, abs=5e-3)
+    assert rates[round(peak + (1000 - peak) / 2)] == pytest.approx(1.1)
     assert (
         max(abs(a - b) for a, b in pairwise(rates)) <= max(2.0 / peak, 0.9 * math.pi / (1000 - peak)) + 1e-9
     )

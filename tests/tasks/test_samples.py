@@ -10,9 +10,9 @@ from training_cases import save_encoder, write
 
 from fastattn.data import DataError
 from fastattn.tasks import masked_lm
+from fastattn.tasks.samples import sample_of
 from fastattn.train import run as work
 from fastattn.train.run import TASKS
-from fastattn.train.samples import sample_of
 
 
 @pytest.mark.parametrize(
