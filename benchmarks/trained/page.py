@@ -32,8 +32,8 @@ the folder of all-MiniLM-L6-v2. Neither comes with fastattn. Settings are fixed 
 model is picked by a part of it, or by the dev part that a set comes with, never by a test set. Figures of a test set
 are those of `fastattn evaluate` ([their definitions](evaluation.md#metrics)); shares are within [0, 1]. A line that
 begins with "transformers" has the same start, data, rate, batches and number of steps in transformers' Trainer. Time is
-that of training with its evaluations. A run that was cut short says so and shows what there was; `--resume` goes on with
-it.
+that of training with its evaluations. A run that was cut short says so and shows what there was; `--resume` goes on
+with it.
 """
 NAMES = {
     "ece": "calibration error", "macro_f1": "macro F1", "f1": "F1", "exact_match": "exact match", "bleu": "BLEU",

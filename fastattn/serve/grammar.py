@@ -106,9 +106,8 @@ class Grammars:
 
 def patterns_of(schema: Any) -> Iterator[str]:
     """The regular expressions of a JSON schema, and every other text that stands where one may."""
-    if isinstance(schema, dict):
-        if isinstance(pattern := schema.get("pattern"), str):
-            yield pattern
+    if isinstance(schema, dict) and isinstance(pattern := schema.get("pattern"), str):
+        yield pattern
     for inner in schema.values() if isinstance(schema, dict) else schema:
         if isinstance(inner, (dict, list)):
             yield from patterns_of(inner)
