@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,6 +139,15 @@ def test_openais_client_reads_errors_and_log_probabilities(server: Server) -> No
     made = client.completions.create(model="gpt2", prompt="the river", echo=True, logprobs=2, max_tokens=1)
     logprobs = made.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.text_offset) == made.usage.total_tokens
+
+
+def test_a_server_on_loopback_without_a_key_refuses_foreign_hosts(server: Server) -> None:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/models", headers={"Host": "evil.example"}
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
+    assert "gpt2" in server.get("/v1/models")
 
 
 @pytest.mark.parametrize("stream", [True, False])
