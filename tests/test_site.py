@@ -50,6 +50,7 @@ ALSO = (
 INTERNAL = (
     "fastattn.nn.attention.keep_forward",
     "fastattn.nn.blocks.gated_by",
+    "fastattn.nn.kv_cache.lengths_kept_on_error",
     "fastattn.nn.linear.linear",
     "fastattn.nn.linear.plainly_on_cpu",
     "fastattn.nn.linear.remade",

@@ -21,7 +21,7 @@ REPEATED_MOST_ROWS = 32  # more are those of a prompt, whose number may not come
 Sources = tuple["Tensor | None", ...]
 
 
-class Recipe(NamedTuple):
+class _Recipe(NamedTuple):
     """How a tensor was made: function(*sources), as long as none of them was changed in place since."""
 
     result: weakref.ref[Tensor]
@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 class _Last(threading.local):
     """A thread's last remade tensor: a layer takes it before the next one is made, so one is enough to keep."""
 
-    recipe: Recipe | None = None
+    recipe: _Recipe | None = None
 
 
 _last = _Last()
@@ -85,7 +85,7 @@ def remade(function: Callable[..., Tensor], *sources: Tensor | None) -> Tensor:
         and recorded_by_autograd_alone(result)
     ):
         versions = _versions(result, *sources)
-        _last.recipe = Recipe(weakref.ref(result, _forget), function, sources, versions)
+        _last.recipe = _Recipe(weakref.ref(result, _forget), function, sources, versions)
     return result
 
 
