@@ -249,7 +249,7 @@ def test_a_hub_id_is_fetched(gpt2, monkeypatch):
     theirs, folder = gpt2
     asked = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
         asked.append((repo, allow_patterns))
         return str(folder)
 
@@ -265,7 +265,7 @@ def test_a_hub_id_is_fetched(gpt2, monkeypatch):
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, allow_patterns, ignore_patterns):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
