@@ -164,9 +164,10 @@ def set_learning_rate(optimizer: Stepper, rate: float, muon_ratio: float = 1.0) 
 
 
 def hyperparameters(optimizer: Stepper) -> list[dict[str, Any]]:
-    """Everything of the groups but their parameters, as values that later changes leave alone."""
+    """Everything of the groups but their parameters and the rate, which each step sets."""
     return [
-        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
     ]
 
 

@@ -176,6 +176,8 @@ def diverged(folder, sharding):
     try:
         train(folder / "diverged", sharding=sharding, on_step=poison)
     except TrainingDiverged as error:
+        if dist.is_initialized() and dist.get_rank():
+            return {}  # the first process may not have written its record yet
         records = (folder / "diverged" / "log.jsonl").read_text().splitlines()
         (record,) = [r for r in map(json.loads, records) if r["event"] == "diverged"]
         labelled = [batch for batch in batches[-accumulate:] if any(index % 3 for index in batch)]
