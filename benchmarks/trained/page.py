@@ -214,7 +214,7 @@ def _cuts(record: Result) -> str:
             said.append(f"{step['name']}: {step['note']}")
     left = record["planned"] - len(record["steps"])
     if left > 0:
-        said.append(f"{left} further steps were not begun")
+        said.append(f"{left} further step{' was' if left == 1 else 's were'} not begun")
     if not said:
         return ""
     minutes = record["minutes"] + sum(each["minutes"] for each in record.get("continued", []))
