@@ -103,7 +103,8 @@ def paragraph(record: schema.Result) -> str:
     lines = [f"- {line_of(each)}" for each in record["peaks"]]
     device, versions = record["device"], record["versions"]
     commit = (record["revision"] or "?")[:10] + ("+" if record["dirty"] else "")
-    lines += ["", f"{device['name']}, {device['threads']} thread{'' if device['threads'] == 1 else 's'}, torch {versions['torch']}, {record['date'][:10]}, "
+    threads = f"{device['threads']} thread{'' if device['threads'] == 1 else 's'}"
+    lines += ["", f"{device['name']}, {threads}, torch {versions['torch']}, {record['date'][:10]}, "
               f"commit {commit}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
