@@ -6,19 +6,41 @@ json.dumps keeps Python's lock until it is done, so that a thread alone would no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+T = TypeVar("T")
 PART = 1024  # most entries that one call writes
+SMALL = 8192  # entries up to which an answer is made in the event loop: a few milliseconds, as a thread's turn may cost
 
 
 async def json_response(value: Any) -> Response:
-    """The response of an answer, whose text is made in a thread."""
-    text = await run_in_threadpool(written, value)
+    """The response of an answer, whose text is made in a thread where it is large."""
+    text = await beside_loop(_entries(value, SMALL), lambda: written(value))
     return Response(text, media_type="application/json")
+
+
+async def beside_loop(entries: int, work: Callable[[], T]) -> T:
+    """What `work` returns, called in a thread where it handles many entries."""
+    return work() if entries <= SMALL else await run_in_threadpool(work)
+
+
+def _entries(value: Any, most: int) -> int:
+    """The number of values in an answer; it is not counted far beyond `most`."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    inner = value.values() if isinstance(value, dict) else value
+    if not _nested(inner):
+        return len(value)
+    count = 0
+    for each in inner:
+        count += _entries(each, most)
+        if count > most:
+            break
+    return count
 
 
 def written(value: Any) -> str:

@@ -18,6 +18,7 @@ from fastattn.serve.completions import check_text, dialogue_ids
 from fastattn.serve.encoders import Job
 from fastattn.serve.errors import ApiError, of_exception, of_failure
 from fastattn.serve.http import new_id, unless_gone
+from fastattn.serve.json_text import beside_loop
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import (
     ClassifyBody,
@@ -177,7 +178,7 @@ async def embeddings(
             for index, each in enumerate(found)
         ]
 
-    data = await run_in_threadpool(entries)
+    data = await beside_loop(len(found) * width, entries)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": model.name, "usage": usage}
 
