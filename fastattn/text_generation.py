@@ -180,7 +180,7 @@ def continuations(
         try:
             if beams:
                 made = model.generate(ids, **arguments)[0, start.shape[1] :].tolist()
-                # behind the prompt, as some decoders take the space off a text's first token
+                # after the prompt, as some decoders take the space off a text's first token
                 text = Detokenizer(written, start[0].tolist())
                 pieces = iter(["".join(map(text.push, made))])
             for piece in pieces:

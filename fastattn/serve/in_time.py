@@ -16,7 +16,7 @@ Calls = SimpleQueue[Any]  # of (work, its Future), and None at the end
 class InTime:
     """Runs work in a thread of its own and waits so many seconds for it.
 
-    A thread whose work takes longer is left behind: it ends with that work, and the next gets a thread of its own.
+    A thread whose work takes longer is not waited for: it ends with that work, and later work gets another thread.
     """
 
     def __init__(self, seconds: float) -> None:

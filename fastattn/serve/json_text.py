@@ -19,7 +19,7 @@ SMALL = 8192  # entries up to which an answer is made in the event loop: a few m
 
 async def json_response(value: Any) -> Response:
     """The response of an answer, whose text is made in a thread where it is large."""
-    text = await beside_loop(_entries(value, SMALL), lambda: written(value))
+    text = await beside_loop(_entries(value), lambda: written(value))
     return Response(text, media_type="application/json")
 
 
@@ -28,8 +28,8 @@ async def beside_loop(entries: int, work: Callable[[], T]) -> T:
     return work() if entries <= SMALL else await run_in_threadpool(work)
 
 
-def _entries(value: Any, most: int) -> int:
-    """The number of values in an answer; it is not counted far beyond `most`."""
+def _entries(value: Any) -> int:
+    """The number of values in an answer; it is not counted far beyond SMALL."""
     if not isinstance(value, (dict, list)):
         return 1
     inner = value.values() if isinstance(value, dict) else value
@@ -37,8 +37,8 @@ def _entries(value: Any, most: int) -> int:
         return len(value)
     count = 0
     for each in inner:
-        count += _entries(each, most)
-        if count > most:
+        count += _entries(each)
+        if count > SMALL:
             break
     return count
 

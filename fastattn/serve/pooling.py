@@ -200,7 +200,9 @@ async def rerank(http: HttpRequest, body: RerankBody, model: Encoder, limits: Se
         examples = [{"text": text} for text in (query, *documents)]
         fits = fitting(body, examples, ["query", *["documents"] * len(documents)])
         found, tokens = await run(http, model, examples, limits, fits=fits)
-        scores = await run_in_threadpool(cosines, [each["embedding"] for each in found])
+        width = model.model.config.hidden_size
+        vectors = [each["embedding"] for each in found]
+        scores = await beside_loop(len(found) * width, lambda: cosines(vectors))
     elif model.task is classify and model.model.config.num_labels == 1:
         examples = [{"text": query, "text_pair": text} for text in documents]
         fits = fitting(body, examples, ["documents"] * len(documents))
@@ -253,7 +255,7 @@ async def classification(
     def entries() -> Found:
         return [entry(index, each["labels"]) for index, each in enumerate(found)]
 
-    data = await run_in_threadpool(entries)
+    data = await beside_loop(len(found) * len(names), entries)
     return {
         "id": new_id("classify"),
         "object": "list",

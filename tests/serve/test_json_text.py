@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ pytest.importorskip("prometheus_client")
 
 from serve_cases import events_of
 
-from fastattn.serve import completions, pooling
-from fastattn.serve.json_text import PART, json_response, pieces, written
+from fastattn.serve import completions, json_text, pooling
+from fastattn.serve.json_text import PART, SMALL, json_response, pieces, written
 from fastattn.serve.options import ServeOptions
 from fastattn.serve.schemas import EmbeddingBody
 
@@ -28,6 +29,17 @@ VALUES: dict[str, Any] = {
     "log-probabilities": {"choices": [{"top": [None, *({"a": -0.5, "b": -1.5} for _ in range(2 * PART))]}]},
     "mixed": [[1, [2, {"a": 3}]], 4, [5] * (PART + 1)],
 }
+
+
+@pytest.mark.parametrize(("entries", "here"), [(SMALL, True), (SMALL + 2, False)])
+def test_small_answers_are_made_in_the_loop_and_large_ones_in_a_thread(
+    entries: int, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr(json_text, "written", lambda value: threads.append(threading.get_ident()) or "")
+    half = [0.5] * (entries // 2)
+    asyncio.run(json_response({"data": [{"embedding": half}, {"embedding": half}]}))
+    assert [thread == threading.get_ident() for thread in threads] == [here]
 
 
 @pytest.mark.parametrize("name", VALUES)

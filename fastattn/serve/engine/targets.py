@@ -187,7 +187,7 @@ class TargetEngine(Worker):
 
     @torch.no_grad()
     def _run(self, chosen: list[Request]) -> None:
-        """Generate the targets of these sources, from behind what they have made already."""
+        """Generate the targets of these sources, after what they have made already."""
         longest = max(len(request.prompt) for request in chosen)
         ids = torch.zeros(len(chosen), longest, dtype=torch.int64, device="cpu")
         mask = torch.zeros(len(chosen), longest, dtype=torch.bool, device="cpu")
@@ -210,7 +210,7 @@ class TargetEngine(Worker):
         if len(copies) > len(chosen):
             decoder.reorder(rows)
             logits = logits[rows]
-        for place in itertools.count():  # tokens behind the first ones
+        for place in itertools.count():  # tokens after the first ones
             self.steps += 1
             self._accept(copies, logits, place)
             self._drop_running(copies)
