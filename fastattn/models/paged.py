@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from fastattn.models.decodable import Decodable, can_decode
 from fastattn.models.steps import GPTDecoder, attend_prompts
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
-from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows
+from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows, aligned
 from fastattn.ops.kv_cache import attention_kv_cache
 
 LARGE_BLOCKS = (16, 32, 64)  # rows
@@ -41,8 +41,7 @@ class InLargeBlocks(InBlocks):
             size = next((size for size in self.sizes if size >= count - start), self.sizes[-1])
             part = x[start : start + size]
             missing = size - part.shape[0]
-            # a copy each: memory begins at the same alignment, which some kernels go by
-            parts.append(self.product(F.pad(part, (0, 0, 0, missing)) if missing else part.clone()))
+            parts.append(self.product(F.pad(part, (0, 0, 0, missing)) if missing else aligned(part)))
             start += size
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
 
@@ -100,7 +99,9 @@ class PagedDecoder(GPTDecoder):
             raise ValueError(
                 "model: a GPT with replaced modules, hooks or cross-attention has no paged steps"
             )
-        self._agreeing: dict[tuple[torch.Size, torch.dtype], tuple[int, ...]] = {}
+        self._agreeing: dict[
+            tuple[Any, ...], tuple[int, ...]
+        ] = {}  # by a weight's shape and dtype, and activation
         super().__init__(model, pages, page_size, batch_invariant=batch_invariant)
         if self.once:
             self._make_products(once=False)
@@ -113,11 +114,13 @@ class PagedDecoder(GPTDecoder):
     def _room_for(self, capacity: int) -> int:
         return capacity
 
-    def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
-        made = super()._rows(weight, bias)
+    def _rows(
+        self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> Rows:
+        made = super()._rows(weight, bias, activation)
         if not isinstance(made, InBlocks):
             return made
-        kind = (weight.shape, weight.dtype)
+        kind = (weight.shape, weight.dtype, activation)
         if kind not in self._agreeing:
             self._agreeing[kind] = blocks_that_agree(made.product, weight)
         sizes = self._agreeing[kind]
@@ -185,11 +188,11 @@ class PagedDecoder(GPTDecoder):
 
     def _reader(self, part: Part) -> Attend:
         """The attention of a part of a prompt, a chunk at a time, which writes its keys and values to the pages."""
-        size, start, stop = self.page_size, part.start, part.start + part.ids.shape[0]
+        start, stop = part.start, part.start + part.ids.shape[0]
         places = torch.arange(start, stop, device=part.ids.device)
         lengths = torch.tensor([[part.length]], dtype=torch.int32, device=places.device)
         tables = {kind: self._table(kind, places, lengths) for kind in self.rotary}
-        blocks, inside = part.table[0, places // size].long(), places % size
+        first_page = part.table[0, :1].long()
         edges = [*range(start, stop, self.chunk_size), stop]
         before = [torch.tensor([edge], dtype=torch.int32, device=places.device) for edge in edges[:-1]]
 
@@ -205,9 +208,8 @@ class PagedDecoder(GPTDecoder):
                         self._append(attn, layer, before[number], q_c, k_c, v_c, part.table, (None, None))
                     )
                     continue
-                keys, values = self.cache[layer]
-                keys[blocks[chunk], :, inside[chunk]] = k_c[0].transpose(0, 1)
-                values[blocks[chunk], :, inside[chunk]] = v_c[0].transpose(0, 1)
+                for cache, new in zip(self.cache[layer], (k_c, v_c)):
+                    cache[first_page, :, : new.shape[2]] = new  # no chunk goes over the end of a page
                 outs.append(attend_prompts(attn, q_c, k_c, v_c))
             return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 

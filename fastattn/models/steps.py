@@ -20,12 +20,12 @@ from fastattn.models.decodable import Decodable
 from fastattn.models.decoder_inputs import count_positions, embedding_scale
 from fastattn.models.sources import Sources
 from fastattn.nn.attention import MultiHeadAttention
-from fastattn.nn.blocks import PreNormBlock
+from fastattn.nn.blocks import FUSED, PreNormBlock
 from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
 from fastattn.nn.positions import RotaryTable, apply_rotary, sinusoids
-from fastattn.nn.rows import InBlocks, Int8Rows, Rows, by_row, rows_of
+from fastattn.nn.rows import Activation, InBlocks, Rows, by_row, in_parts, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import whole_blocks
 from fastattn.ops.kv_cache import attention_kv_cache
@@ -40,11 +40,14 @@ class _Block(NamedTuple):
     module: PreNormBlock
     qkv: Rows
     out: Rows
-    c_fc: Rows
+    c_fc: Rows  # and the activation
     c_proj: Rows
-    activation: Callable[[Tensor], Tensor]
     cross_q: Rows | None = None
     cross_out: Rows | None = None
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(N, E) -> (N, E)"""
+        return self.c_proj(self.c_fc(x))
 
 
 class GPTDecoder:
@@ -205,8 +208,7 @@ class GPTDecoder:
     def _logits(self, x: Tensor) -> Tensor:
         """(N, E) -> (N, V)."""
         if self.transform is not None and self.model.lm_transform is not None:
-            dense, activation = self.transform
-            x = _norm(self.model.lm_transform.norm, activation(dense(x)))
+            x = _norm(self.model.lm_transform.norm, self.transform(x))
         logits, cap = self.head(x), self.model.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -331,8 +333,8 @@ class GPTDecoder:
                 assert module.ln_cross is not None
                 out = self.sources.attend(layer, block.cross_q(before(module.ln_cross, x)), seqlen, sequences)
                 x = added(module.ln_cross, None, x, block.cross_out(out))
-            h = block.activation(block.c_fc(before(module.ln_2, x)))
-            x = added(module.ln_2, module.ln_2_out, x, block.c_proj(h))
+            h = in_parts(block.mlp, before(module.ln_2, x), module.mlp.c_fc.weight.shape[0])
+            x = added(module.ln_2, module.ln_2_out, x, h)
         return _norm(self.model.ln_f, x)
 
     def _make_products(self, *, once: bool) -> None:
@@ -340,30 +342,32 @@ class GPTDecoder:
         self.once = once
         self.blocks = [self._parts(block) for block in self.model.h]
         self.head = self._rows(self.model.lm_head.weight, self.model.lm_head.bias)
-        self.transform: tuple[Rows, Callable[[Tensor], Tensor]] | None = None
+        self.transform: Rows | None = None
         if (head := self.model.lm_transform) is not None:
-            activation = by_row(head.activation) if self.invariant else head.activation
-            self.transform = (self._rows(head.dense.weight, head.dense.bias), activation)
+            self.transform = self._rows(head.dense.weight, head.dense.bias, head.activation)
 
     def _parts(self, block: Any) -> _Block:
         attn, mlp, cross = block.attn, block.mlp, block.cross_attn
-        activation = mlp.activation
         return _Block(
             block,
             self._rows(attn.in_proj_weight, attn.in_proj_bias),
             self._rows(attn.out_proj.weight, attn.out_proj.bias),
-            self._rows(mlp.c_fc.weight, mlp.c_fc.bias),
+            self._rows(mlp.c_fc.weight, mlp.c_fc.bias, mlp.activation),
             self._rows(mlp.c_proj.weight, mlp.c_proj.bias),
-            by_row(activation) if self.invariant else activation,
             None if cross is None else self._rows(cross.q.weight, cross.q.bias),
             None if cross is None else self._rows(cross.out_proj.weight, cross.out_proj.bias),
         )
 
-    def _rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
-        """The product with a weight as this decoder makes it."""
-        product = rows_of(weight, bias, self.model.quantized, once=self.once)
-        # sums of integers are exact in any order
-        return InBlocks(product) if self.invariant and not isinstance(product, Int8Rows) else product
+    def _rows(
+        self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> Rows:
+        """The product with a weight, and an activation of it, as this decoder makes it."""
+        then = None
+        if activation is not None:
+            then = Activation(by_row(activation) if self.invariant else activation, FUSED.get(activation))
+        product = rows_of(weight, bias, self.model.quantized, once=self.once, then=then)
+        # sums of 8-bit integers are exact in any order
+        return InBlocks(product) if self.invariant and self.model.quantized is None else product
 
 
 def attend_prompts(attn: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.cross_attention import CrossAttention, Memory
+from fastattn.nn.int8 import Int8Linear
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, recorded_by_autograd_alone, remade, without_transforms
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable
+from fastattn.nn.rows import PART_ELEMENTS, in_parts
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -25,6 +28,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+}
+# Those that oneDNN computes in the kernel of a product, in its names; its relu would give 0 for NaN.
+FUSED: dict[Activation, tuple[str, str]] = {
+    ACTIVATIONS["gelu"]: ("gelu", "none"),
+    ACTIVATIONS["gelu_new"]: ("gelu", "tanh"),
+    ACTIVATIONS["gelu_pytorch_tanh"]: ("gelu", "tanh"),
+    ACTIVATIONS["silu"]: ("swish", ""),
 }
 
 
@@ -61,7 +71,31 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
+        if self._keeps_nothing(x):
+            return self._in_parts(x)
         return self.dropout(self.c_proj(remade(self.activation, self.c_fc(x))))
+
+    def _keeps_nothing(self, x: Tensor) -> bool:
+        """Whether a large input may go through in parts: no gradient follows, no dropout, and nothing sees the calls of
+        the layers."""
+        return (
+            not torch.is_grad_enabled()
+            and recorded_by_autograd_alone(x)  # first: under tracing, comparing sizes adds a guard
+            and x.is_cpu
+            and x.dim() >= 2
+            and all(type(layer) in (Linear, Int8Linear) for layer in (self.c_fc, self.c_proj))
+            and x.shape[:-1].numel() * self.c_fc.out_features > PART_ELEMENTS
+            and not (self.dropout.p and self.training)
+            and without_transforms(x)
+            and not any(map(torch_compat.has_hooks, (self.c_fc, self.c_proj, self.dropout)))
+        )
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        def part(rows: Tensor) -> Tensor:
+            out: Tensor = self.c_proj(self.activation(self.c_fc(rows)))
+            return out
+
+        return in_parts(part, x.flatten(0, -2), self.c_fc.out_features).unflatten(0, x.shape[:-1])
 
 
 def gated_by(activation: Activation, x: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class EncoderMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) -> (T, E)."""
+        if self._keeps_nothing(x):
+            return self._in_parts(x)
         out: Tensor = self.c_proj(self.dropout(remade(self.activation, self.c_fc(x))))
         return out
 

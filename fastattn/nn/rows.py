@@ -7,7 +7,7 @@ reads it, makes it faster. Packed weights are copies, kept as long as the weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastattn import torch_compat
+from fastattn.integers import cdiv
 from fastattn.nn.linear import linear
 from fastattn.nn.rows_table import FASTEST
 
@@ -26,18 +27,39 @@ INT8_LEVELS = 127  # of weights, and of activations on CPUs whose sums of 8-bit 
 INT8_ROWS = 256  # at a time, so that temporaries stay in the cache
 SAFE_LEVELS = 63  # of activations on other CPUs: the sum of two products of 7 and 8 bits fits 16 bits
 
+ALIGNMENT = 64  # bytes, of a new tensor on a CPU
 # Elements: a multiple of what torch's vectorised loops take at a time, for each half of a gated row too.
 LOOP_STEP = 128
 UNSPLIT_ELEMENTS = 32768  # from which on torch splits elementwise work between threads
 
+# Elements of a temporary that is made at a time where it need not be whole: the C library takes larger ones from the
+# system anew each time, and their pages are cleared.
+PART_ELEMENTS = 1 << 22
+
 Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
+
+
+class Activation(NamedTuple):
+    """An elementwise function of rows that follows a product, and oneDNN's names of it, see `packed_linear`."""
+
+    function: Rows
+    fused: tuple[str, str] | None = None
+
+
 Choice = tuple[tuple["int | None", str], ...]  # (most rows or None for any number, name in PRODUCTS)
 
 _packs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> {kind: (version, packed weight)}
 
 
-def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, once: bool = False) -> Rows:
-    """The fastest product of rows with a weight (O, I) on its device: x -> x @ weight.T + bias.
+def rows_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str | None = None,
+    *,
+    once: bool = False,
+    then: Activation | None = None,
+) -> Rows:
+    """The fastest product of rows with a weight (O, I) on its device: x -> then(x @ weight.T + bias).
 
     Which is the fastest for how many rows is measured and kept in `rows_table.py`.
 
@@ -45,23 +67,35 @@ def rows_of(weight: Tensor, bias: Tensor | None, kind: str | None = None, *, onc
         kind: "int8" for weights of 8 bits; None for the weight's own dtype.
         once: the product may be the only one, as for a prompt. In float32 a packed copy, which takes the time of about
             20 products of one row, then does not pay.
+        then: what follows; None = nothing.
     """
     if kind == "int8":
-        return Int8Rows(weight, bias)
+        return _followed(Int8Rows(weight, bias), then)
     if not weight.is_cpu or (once and weight.dtype == torch.float32):
-        return lambda x: linear(x, weight, bias, repeated=True)
+        return _followed(_linear(weight, bias), then)
     choice = choice_for(torch_compat.instructions(), weight.dtype)
     if len(choice) == 1:
-        return PRODUCTS[choice[0][1]](weight, bias)
+        return _product(choice[0][1], weight, bias, then)
     made: dict[str, Rows] = {}  # once they are used: to pack a weight takes time and memory
 
     def product(x: Tensor) -> Tensor:
         name = next(name for most, name in choice if most is None or x.shape[0] <= most)
         if name not in made:
-            made[name] = PRODUCTS[name](weight, bias)
+            made[name] = _product(name, weight, bias, then)
         return made[name](x)
 
     return product
+
+
+def _product(name: str, weight: Tensor, bias: Tensor | None, then: Activation | None) -> Rows:
+    """One of PRODUCTS, with what follows in the same kernel where that can."""
+    if then is not None and then.fused is not None and name == "packed" and _packs_pay(weight):
+        return _packed(weight, bias, then.fused)
+    return _followed(PRODUCTS[name](weight, bias), then)
+
+
+def _followed(product: Rows, then: Activation | None) -> Rows:
+    return product if then is None else lambda x: then.function(product(x))
 
 
 def choice_for(instructions: str, dtype: torch.dtype) -> Choice:
@@ -81,13 +115,18 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Rows:
     return lambda x: linear(x, weight, bias, repeated=True)
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Rows:
-    """The product with a weight packed in oneDNN's order, where oneDNN has one for this dtype and packing pays."""
-    least = PACK_MIN_WEIGHTS.get(weight.dtype)
-    if least is None or weight.numel() < least or not torch_compat.has_packed_linear(weight.dtype):
+def _packed(weight: Tensor, bias: Tensor | None, then: tuple[str, str] = ("none", "")) -> Rows:
+    """The product with a weight packed in oneDNN's order, where `_packs_pay`, and what follows in oneDNN's names."""
+    if not _packs_pay(weight):
         return _linear(weight, bias)
     pack = _kept(weight, "packed", torch_compat.pack_linear)
-    return lambda x: torch_compat.packed_linear(x, pack, bias)
+    return lambda x: torch_compat.packed_linear(x, pack, bias, then)
+
+
+def _packs_pay(weight: Tensor) -> bool:
+    """Whether oneDNN has a product for a weight's dtype, and packing it pays."""
+    least = PACK_MIN_WEIGHTS.get(weight.dtype)
+    return least is not None and weight.numel() >= least and torch_compat.has_packed_linear(weight.dtype)
 
 
 def _one_by_one(weight: Tensor, bias: Tensor | None) -> Rows:
@@ -171,9 +210,30 @@ class InBlocks:
         if count == 0:
             return self.product(x)
         block = F.pad(x, (0, 0, 0, -count % size))
-        # a copy each: memory begins at the same alignment, which some kernels go by
-        parts = [self.product(part.clone()) for part in block.split(size)]
+        parts = [self.product(aligned(part)) for part in block.split(size)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[:count]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy, in memory that begins where a new tensor's does: some kernels go by the alignment."""
+    return x if x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def in_parts(function: Rows, x: Tensor, width: int) -> Tensor:
+    """function(x) of rows (N, I); on a CPU for so many at a time that `width` numbers of each are PART_ELEMENTS at
+    most."""
+    count = cdiv(x.shape[0] * width, PART_ELEMENTS) if x.is_cpu else 1
+    if count <= 1:
+        return function(x)
+    size = cdiv(x.shape[0], count)
+    result: Tensor | None = None
+    for start in range(0, x.shape[0], size):
+        part = function(x[start : start + size])
+        if result is None:
+            result = part.new_empty(x.shape[0], part.shape[1])
+        result[start : start + size] = part
+    assert result is not None
+    return result
 
 
 def by_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

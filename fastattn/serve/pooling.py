@@ -62,8 +62,11 @@ async def run(
     def on_done(result: Found | Exception) -> None:
         loop.call_soon_threadsafe(settle, result)
 
-    tokens, longest = await run_in_threadpool(tokens_of, model, examples), model.longest
+    ids, longest = await run_in_threadpool(ids_of, model, examples), model.longest
+    tokens = [len(each) for each in ids]
     most = longest if fits is None else fits(model, tokens)
+    if model.task is embed:  # which takes ids, so that a text is tokenised once
+        examples = [{"ids": each} if len(each) <= most else example for each, example in zip(ids, examples)]
     tokens = [min(count, most) for count in tokens]
     shorter = {"max_length": most} if most < longest else {}
     deadline = time.monotonic() + limits.timeout
@@ -78,15 +81,15 @@ async def run(
     return found, sum(tokens)
 
 
-def tokens_of(model: Encoder, examples: Sequence[dict[str, Any]]) -> list[int]:
-    """How many tokens each example has."""
+def ids_of(model: Encoder, examples: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The tokens of each example, all of them."""
     if examples and "ids" in examples[0]:
-        return [len(each["ids"]) for each in examples]
+        return [each["ids"] for each in examples]
     texts = [list(each.values()) for each in examples]
     if model.task is embed:  # behind the folder's prompt
         texts = [[text] for text in model.model.prepared([each[0] for each in texts])]
     encoded = model.core.encode_batch([t[0] if len(t) == 1 else tuple(t[:2]) for t in texts])
-    return [len(each.ids) for each in encoded]
+    return [each.ids for each in encoded]
 
 
 def fitting(

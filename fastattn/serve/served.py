@@ -32,6 +32,7 @@ from fastattn.tasks.batches import max_tokens
 from fastattn.text_generation import vocabularies
 
 Result = TypeVar("Result")
+BATCH_TOKENS = {"cpu": 2048, "gpu": 8192}  # of an encoder, where options name none
 
 
 @dataclass(eq=False)
@@ -163,7 +164,9 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
     task = predict.task_of(folder)
     model, tokenizer = predict.load_folder(folder, task)
     model = _placed(model, options)
-    worker = EncoderWorker(task, model, tokenizer, options.batch_tokens, options.max_queue)
+    on_cpu = next(model.parameters()).is_cpu
+    batch_tokens = options.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "gpu"]
+    worker = EncoderWorker(task, model, tokenizer, batch_tokens, options.max_queue)
     core = type(tokenizer.core).from_str(tokenizer.core.to_str())
     return Encoder(name, task, model, worker, core)
 

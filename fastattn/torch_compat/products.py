@@ -137,12 +137,14 @@ def pack_linear(weight: Tensor) -> Any:
     return _reorder_linear(weight.detach(), PACKED_ROWS)
 
 
-def packed_linear(x: Tensor, pack: Any, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias with what `pack_linear` made of the weight.
+def packed_linear(x: Tensor, pack: Any, bias: Tensor | None, then: tuple[str, str] = ("none", "")) -> Tensor:
+    """then(x @ weight.T + bias) with what `pack_linear` made of the weight; `then` names a function and its kind, one
+    of oneDNN's that keep NaN: gelu, "none" (by erf) or "tanh", or swish, "".
 
     Fallback: none is needed, `has_packed_linear` says so.
     """
-    result: Tensor = _onednn_linear(x, pack, bias, "none", [], "")
+    function, kind = then
+    result: Tensor = _onednn_linear(x, pack, bias, function, [], kind)
     return result
 
 

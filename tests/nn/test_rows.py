@@ -13,8 +13,9 @@ from torch import Tensor
 from fastattn import torch_compat
 from fastattn.nn import rows as module
 from fastattn.nn import rows_table
+from fastattn.nn.blocks import ACTIVATIONS, FUSED
 from fastattn.nn.linear import linear
-from fastattn.nn.rows import INT8_LEVELS, InBlocks, Int8Rows, Rows, by_row, rows_of
+from fastattn.nn.rows import INT8_LEVELS, Activation, InBlocks, Int8Rows, Rows, by_row, in_parts, rows_of
 from numerics import assert_within_rule, plain_in_any_order
 
 SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33), (4200, 130)]  # (O, I), the last one packed in float32
@@ -50,6 +51,70 @@ def test_products_keep_the_error_rule(dtype: torch.dtype, shape: tuple[int, int]
         if dtype == torch.float32:
             plain = plain_in_any_order(lambda x=x: F.linear(x, weight, bias), golden)
         assert_within_rule(actual, plain, golden, f"{count} rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_an_activation_in_the_kernel_of_a_product_keeps_the_error_rule(
+    name: str, dtype: torch.dtype, in_blocks: bool
+) -> None:
+    activation = ACTIVATIONS[name]
+    weight, bias = operands(4200, 130, dtype)
+    product = rows_of(weight, bias, then=Activation(activation, FUSED.get(activation)))
+    product = InBlocks(product) if in_blocks else product
+    for count in COUNTS:
+        x = torch.randn(count, 130).to(dtype)
+        golden = activation(F.linear(x.double(), weight.double(), bias.double()))
+        actual = product(x)
+        assert actual.dtype == dtype
+        plain = activation(F.linear(x, weight, bias))
+        if dtype == torch.float32:
+            plain = plain_in_any_order(lambda x=x: activation(F.linear(x, weight, bias)), golden)
+        assert_within_rule(actual, plain, golden, f"{count} rows")
+    x[2, 3] = torch.nan
+    assert product(x)[2].isnan().all()
+    assert product(x)[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_block_with_an_activation_gives_a_row_the_same_bits_at_every_place(
+    name: str, dtype: torch.dtype
+) -> None:
+    activation = ACTIVATIONS[name]
+    weight, bias = operands(4200, 130, dtype)
+    product = InBlocks(rows_of(weight, bias, then=Activation(by_row(activation), FUSED.get(activation))))
+    x = torch.randn(19, 130).to(dtype)
+    together = product(x)
+    for row in range(19):
+        assert torch.equal(product(x[row : row + 1])[0], together[row]), row
+    order = torch.randperm(19)
+    assert torch.equal(product(x[order]), together[order])
+
+
+def test_an_activation_follows_a_product_of_8_bits() -> None:
+    weight, bias = operands(64, 32)
+    x = torch.randn(5, 32)
+    product = rows_of(weight, bias, "int8", then=Activation(F.gelu, FUSED[F.gelu]))
+    assert torch.equal(product(x), F.gelu(Int8Rows(weight, bias)(x)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 13])
+def test_a_function_in_parts_has_small_temporaries_and_the_rows_of_the_whole(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_ELEMENTS", 4 * 7)
+    counts = []
+
+    def wide(rows: Tensor) -> Tensor:
+        counts.append(len(rows))
+        return rows.repeat(1, 7).cumsum(1)[:, -2:]
+
+    x = torch.randn(count, 1)
+    assert torch.equal(in_parts(wide, x, 7), x.repeat(1, 7).cumsum(1)[:, -2:])
+    assert sum(counts) == count
+    assert max(counts) <= 4
 
 
 @pytest.mark.usefixtures("engine")

@@ -160,3 +160,10 @@ def test_calls_that_wait_at_a_stop_are_refused() -> None:
     assert [type(error) for error in refused] == [Overloaded, Overloaded]
     with pytest.raises(Overloaded):
         worker.call(lambda: None, refused.append)
+
+
+def test_fewer_tokens_at_a_time_on_a_cpu(client: Any) -> None:
+    from fastattn.serve.served import BATCH_TOKENS
+
+    assert client.app.state.models["embed"].worker.batch_tokens == BATCH_TOKENS["cpu"]
+    assert BATCH_TOKENS["cpu"] < BATCH_TOKENS["gpu"]

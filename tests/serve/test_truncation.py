@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,23 @@ def test_a_truncated_vector_is_that_of_the_first_tokens(client: Any) -> None:
         kept = [*ids[: most - 1], ids[-1]]
         whole = client.post("/v1/embeddings", json={"model": "embed", "input": kept}).json()
         assert cut == whole["data"][0]["embedding"]
+
+
+def test_a_text_that_is_embedded_is_tokenised_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = client.app.state.models["embed"].worker
+    taken: list[dict[str, Any]] = []
+    usual = worker.task.predict
+
+    def predict(model: Any, tokenizer: Any, examples: list[dict[str, Any]], **options: Any) -> Any:
+        taken.extend(examples)
+        return usual(model, tokenizer, examples, **options)
+
+    monkeypatch.setattr(worker, "task", SimpleNamespace(predict=predict))
+    ids = client.post("/tokenize", json={"model": "embed", "prompt": SHORT}).json()["tokens"]
+    both = client.post("/v1/embeddings", json={"model": "embed", "input": [SHORT, SHORT]}).json()["data"]
+    assert taken == [{"ids": ids}] * 2
+    (found,) = usual(worker.model, worker.tokenizer, [{"text": SHORT}])
+    assert both[0]["embedding"] == pytest.approx(found["embedding"], abs=1e-6)
 
 
 def test_token_ids_are_not_truncated(client: Any) -> None:

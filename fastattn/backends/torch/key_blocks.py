@@ -58,7 +58,9 @@ class KeyBlocks:
             starts = np.maximum(ends - 1 - window_left, 0)
         first = starts // KEYS
         counts = (ends - 1) // KEYS + 1 - first
-        order = np.argsort(-counts, kind="stable")
+        head = np.minimum(first * KEYS, ends - 1)  # where each one's first block begins
+        at = table.numpy()[np.arange(len(ends)), head // page_size], head % page_size
+        order = np.lexsort((*at, -counts))  # by addresses where it is free, so that `_Stored` need not sort
         # how many sequences have a first block, a second one ...
         self.levels = [int((counts > level).sum()) for level in range(counts.max())]
         # the place of each block's sequence in the order
@@ -76,6 +78,7 @@ class KeyBlocks:
         self.heads, self.count, self.places = heads, len(of), torch.from_numpy(places)
         self.of = torch.from_numpy(of[self.stored.order])
         self.back = torch.from_numpy(np.argsort(order))
+        self.in_order = _is_sorted(order), _is_sorted(of[self.stored.order])
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
@@ -90,21 +93,27 @@ class KeyBlocks:
         count, num_heads = self.count, query.shape[1]
         dtype = accumulation_dtype(query.dtype)
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        queries = query[:, :, 0].index_select(0, self.of).to(dtype)
-        queries = queries.reshape(count * self.heads, num_heads // self.heads, -1)
+        queries = query[:, :, 0]
+        if not self.in_order[1]:
+            queries = queries.index_select(0, self.of)
+        queries = queries.to(dtype).reshape(count * self.heads, num_heads // self.heads, -1)
         scores = self.stored.products(queries, keys, transposed=True).mul_(scale)
         if softcap:
             scores.div_(softcap).tanh_().mul_(softcap)
         scores = self.stored.unsorted(scores.view(count, num_heads, KEYS))
         scores = scores.masked_fill_(self.hidden, -torch.inf)
         largest = self._over_blocks(scores.amax(-1), torch.maximum)  # (N, H)
-        probs = exp_(scores.sub_(largest.index_select(0, self.places)[..., None]))
+        if len(self.levels) > 1:
+            largest = largest.index_select(0, self.places)
+        probs = exp_(scores.sub_(largest[..., None]))
         total = self._over_blocks(probs.sum(-1), torch.add)[..., None]
         probs = self.stored.sorted(probs).view(count * self.heads, num_heads // self.heads, KEYS)
         out = self._weighted(probs, values, total)
         if not math.isfinite(out.sum().item()):  # what no key of this sequence may be in the last block
             out = self._weighted(probs, values, total, self.stored.sorted(self.hidden))
-        return out.index_select(0, self.back).to(query.dtype)[:, :, None]
+        if not self.in_order[0]:
+            out = out.index_select(0, self.back)
+        return out.to(query.dtype)[:, :, None]
 
     def _weighted(self, probs: Tensor, values: Tensor, total: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(N, H, Dv), in the order of `_over_blocks`."""
@@ -113,9 +122,10 @@ class KeyBlocks:
         return self._over_blocks(out, torch.add).div_(total)
 
     def _over_blocks(self, of_blocks: Tensor, combine: Callable[..., Tensor]) -> Tensor:
-        """(M, ...) -> (N, ...): the blocks of each sequence combined in their order; sequences with most come first."""
+        """(M, ...) -> (N, ...): the blocks of each sequence combined in their order, in the memory of the first ones;
+        sequences with most come first."""
         start = self.levels[0]
-        result = of_blocks[:start].clone()
+        result = of_blocks[:start]
         for size in self.levels[1:]:
             combine(result[:size], of_blocks[start : start + size], out=result[:size])
             start += size
@@ -152,6 +162,8 @@ class _Stored:
     ) -> None:
         self.heads, self.page_size, self.tokens = heads, page_size, tokens
         self.runs, order = _runs(pages[:, 0], inside[:, 0]) if tokens == KEYS else ([], None)
+        if order is not None and _is_sorted(order):
+            order = None
         self.order = slice(None) if order is None else order
         self._order = self._unsorted = None
         if order is not None:
@@ -213,6 +225,11 @@ class _Stored:
                 places = self.rows[start : start + step].flatten()
                 blocks = torch.index_select(source, 0, places, out=copied[: len(places)])
                 yield self.copied + start, blocks.view(-1, KEYS, dim)
+
+
+def _is_sorted(order: NDArray[np.integer]) -> bool:
+    """Whether an order of 0, 1 ... changes nothing."""
+    return np.array_equal(order, np.arange(len(order)))
 
 
 def _runs(pages: NDArray[np.integer], inside: NDArray[np.integer]) -> tuple[list[_Run], NDArray[np.integer]]:
