@@ -12,9 +12,16 @@ from trained.rows import SEEDS, Goal, Step, TaskRow, evaluate, peer, train, with
 
 
 def shakespeare(
-    name: str, minutes: float, layers: int, width: int, dropout: float, rate: float, goal: float
+    name: str,
+    minutes: float,
+    layers: int,
+    width: int,
+    dropout: float,
+    rates: tuple[float, float, float],
+    goal: float,
 ) -> TaskRow:
-    """The character model of tinyshakespeare within a time, by AdamW at a rate and by Muon."""
+    """The character model of tinyshakespeare within a time, by Muon and by AdamW; rates: of Muon's matrices, of its other
+    parameters, and of AdamW alone."""
     whole = 2 * minutes + 4  # of both, evaluations included
     common = (
         "--train", "{files}/train.txt", "--dev", "{files}/dev.txt", "--model", "nano", "--data.tokenizer=characters",
@@ -27,8 +34,8 @@ def shakespeare(
     )  # fmt: skip
     tests = ("--data", "{files}/test.txt", "--option", "max_length=256", "--option", "stride=128")
     kinds = {
-        "Muon": ("--train.optimizer=muon", "--train.muon_lr=0.01", "--train.lr=4e-3"),
-        "AdamW": (f"--train.lr={rate:g}",),
+        "Muon": ("--train.optimizer=muon", f"--train.muon_lr={rates[0]:g}", f"--train.lr={rates[1]:g}"),
+        "AdamW": (f"--train.lr={rates[2]:g}",),
     }
     steps: list[Step] = []
     for kind, words in kinds.items():
@@ -292,8 +299,8 @@ def _preferences() -> TaskRow:
 ROWS: dict[str, TaskRow] = {
     row.name: row
     for row in (
-        shakespeare("shakespeare-5min", 5, 4, 192, 0.0, 3e-3, 1.60),
-        shakespeare("shakespeare-60min", 60, 6, 256, 0.1, 1e-3, 1.50),
+        shakespeare("shakespeare-5min", 5, 4, 192, 0.0, (0.01, 4e-3, 3e-3), 1.60),
+        shakespeare("shakespeare-60min", 60, 4, 256, 0.1, (0.006, 2.5e-3, 1.5e-3), 1.50),
         _reuters(),
         _chinese(),
         _entities(),

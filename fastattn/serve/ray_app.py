@@ -11,12 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattn.console import InputError
+from fastattn.serve.engine.worker import JOIN_SECONDS
 from fastattn.serve.errors import RETRY_AFTER
 from fastattn.serve.options import ServeOptions, key_from_environment
 
 NAME = "fastattn"  # of the deployment
 HEALTH_PERIOD = 2.0  # seconds between health checks, and so before a replica that died is replaced
-SHUTDOWN_SPARE = 5.0  # seconds for a replica to end after running requests had theirs
+SHUTDOWN_SPARE = JOIN_SECONDS + 5.0  # for a replica to end after running requests had their time
 
 
 class WithoutRequestId:
