@@ -20,7 +20,7 @@ def shakespeare(
     rates: tuple[float, float, float],
     goal: float,
 ) -> TaskRow:
-    """The character model of tinyshakespeare within a time, by Muon and by AdamW; rates: of Muon's matrices, of its other
+    """The character model of tinyshakespeare within a time, by Muon and AdamW; rates: of Muon's matrices, of its other
     parameters, and of AdamW alone."""
     whole = 2 * minutes + 4  # of both, evaluations included
     common = (

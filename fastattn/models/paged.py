@@ -99,9 +99,8 @@ class PagedDecoder(GPTDecoder):
             raise ValueError(
                 "model: a GPT with replaced modules, hooks or cross-attention has no paged steps"
             )
-        self._agreeing: dict[
-            tuple[Any, ...], tuple[int, ...]
-        ] = {}  # by a weight's shape and dtype, and activation
+        # by a weight's shape and dtype, and the activation that follows
+        self._agreeing: dict[tuple[Any, ...], tuple[int, ...]] = {}
         super().__init__(model, pages, page_size, batch_invariant=batch_invariant)
         if self.once:
             self._make_products(once=False)

@@ -25,7 +25,7 @@ from fastattn.nn.cross_attention import Memory
 from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
 from fastattn.nn.positions import RotaryTable, apply_rotary, sinusoids
-from fastattn.nn.rows import Activation, InBlocks, Rows, by_row, in_parts, rows_of
+from fastattn.nn.rows import Elementwise, InBlocks, Rows, by_row, in_parts, rows_of
 from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import whole_blocks
 from fastattn.ops.kv_cache import attention_kv_cache
@@ -364,7 +364,7 @@ class GPTDecoder:
         """The product with a weight, and an activation of it, as this decoder makes it."""
         then = None
         if activation is not None:
-            then = Activation(by_row(activation) if self.invariant else activation, FUSED.get(activation))
+            then = Elementwise(by_row(activation) if self.invariant else activation, FUSED.get(activation))
         product = rows_of(weight, bias, self.model.quantized, once=self.once, then=then)
         # sums of 8-bit integers are exact in any order
         return InBlocks(product) if self.invariant and self.model.quantized is None else product

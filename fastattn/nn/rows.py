@@ -39,7 +39,7 @@ PART_ELEMENTS = 1 << 22
 Rows = Callable[[Tensor], Tensor]  # (N, I) -> (N, O)
 
 
-class Activation(NamedTuple):
+class Elementwise(NamedTuple):
     """An elementwise function of rows that follows a product, and oneDNN's names of it, see `packed_linear`."""
 
     function: Rows
@@ -57,7 +57,7 @@ def rows_of(
     kind: str | None = None,
     *,
     once: bool = False,
-    then: Activation | None = None,
+    then: Elementwise | None = None,
 ) -> Rows:
     """The fastest product of rows with a weight (O, I) on its device: x -> then(x @ weight.T + bias).
 
@@ -87,14 +87,14 @@ def rows_of(
     return product
 
 
-def _product(name: str, weight: Tensor, bias: Tensor | None, then: Activation | None) -> Rows:
+def _product(name: str, weight: Tensor, bias: Tensor | None, then: Elementwise | None) -> Rows:
     """One of PRODUCTS, with what follows in the same kernel where that can."""
     if then is not None and then.fused is not None and name == "packed" and _packs_pay(weight):
         return _packed(weight, bias, then.fused)
     return _followed(PRODUCTS[name](weight, bias), then)
 
 
-def _followed(product: Rows, then: Activation | None) -> Rows:
+def _followed(product: Rows, then: Elementwise | None) -> Rows:
     return product if then is None else lambda x: then.function(product(x))
 
 

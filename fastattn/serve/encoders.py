@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from fastattn.serve.engine.requests import UNLOGGED, DeadlineError, Overloaded
 from fastattn.serve.engine.worker import CLOSING, Worker
 
 log = logging.getLogger("fastattn.serve")
+_NUMBERED = re.compile(r"^text (\d+)")
 
 
 @dataclass(eq=False)
@@ -141,7 +143,8 @@ class EncoderWorker(Worker):
                 for each in chosen:
                     self._run([each])
                 return
-            self._fail(chosen[0][0], error)
+            job = chosen[0][0]
+            self._fail(job, counted_from(len(job.results), error))
             return
         self.batches += 1
         self.texts += len(examples)
@@ -164,6 +167,12 @@ class EncoderWorker(Worker):
         if not isinstance(error, (DataError, *UNLOGGED)):
             log.error("a request failed", exc_info=error)
         job.done(error)
+
+
+def counted_from(before: int, error: Exception) -> Exception:
+    """An error that names a text of a job's part by its number, with the number in the job."""
+    message = _NUMBERED.sub(lambda found: f"text {int(found[1]) + before}", str(error), count=1)
+    return DataError(message) if isinstance(error, DataError) and before else error
 
 
 def is_finite(found: Any) -> bool:

@@ -164,8 +164,9 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
     task = predict.task_of(folder)
     model, tokenizer = predict.load_folder(folder, task)
     model = _placed(model, options)
-    on_cpu = next(model.parameters()).is_cpu
-    batch_tokens = options.batch_tokens or BATCH_TOKENS["cpu" if on_cpu else "gpu"]
+    batch_tokens = options.batch_tokens
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS["cpu" if next(model.parameters()).is_cpu else "gpu"]
     worker = EncoderWorker(task, model, tokenizer, batch_tokens, options.max_queue)
     core = type(tokenizer.core).from_str(tokenizer.core.to_str())
     return Encoder(name, task, model, worker, core)

@@ -15,7 +15,7 @@ from fastattn.nn import rows as module
 from fastattn.nn import rows_table
 from fastattn.nn.blocks import ACTIVATIONS, FUSED
 from fastattn.nn.linear import linear
-from fastattn.nn.rows import INT8_LEVELS, Activation, InBlocks, Int8Rows, Rows, by_row, in_parts, rows_of
+from fastattn.nn.rows import INT8_LEVELS, Elementwise, InBlocks, Int8Rows, Rows, by_row, in_parts, rows_of
 from numerics import assert_within_rule, plain_in_any_order
 
 SHAPES = [(1, 1), (7, 5), (96, 64), (130, 33), (4200, 130)]  # (O, I), the last one packed in float32
@@ -61,7 +61,7 @@ def test_an_activation_in_the_kernel_of_a_product_keeps_the_error_rule(
 ) -> None:
     activation = ACTIVATIONS[name]
     weight, bias = operands(4200, 130, dtype)
-    product = rows_of(weight, bias, then=Activation(activation, FUSED.get(activation)))
+    product = rows_of(weight, bias, then=Elementwise(activation, FUSED.get(activation)))
     product = InBlocks(product) if in_blocks else product
     for count in COUNTS:
         x = torch.randn(count, 130).to(dtype)
@@ -84,7 +84,7 @@ def test_a_block_with_an_activation_gives_a_row_the_same_bits_at_every_place(
 ) -> None:
     activation = ACTIVATIONS[name]
     weight, bias = operands(4200, 130, dtype)
-    product = InBlocks(rows_of(weight, bias, then=Activation(by_row(activation), FUSED.get(activation))))
+    product = InBlocks(rows_of(weight, bias, then=Elementwise(by_row(activation), FUSED.get(activation))))
     x = torch.randn(19, 130).to(dtype)
     together = product(x)
     for row in range(19):
@@ -96,7 +96,7 @@ def test_a_block_with_an_activation_gives_a_row_the_same_bits_at_every_place(
 def test_an_activation_follows_a_product_of_8_bits() -> None:
     weight, bias = operands(64, 32)
     x = torch.randn(5, 32)
-    product = rows_of(weight, bias, "int8", then=Activation(F.gelu, FUSED[F.gelu]))
+    product = rows_of(weight, bias, "int8", then=Elementwise(F.gelu, FUSED[F.gelu]))
     assert torch.equal(product(x), F.gelu(Int8Rows(weight, bias)(x)))
 
 

@@ -162,6 +162,24 @@ def test_calls_that_wait_at_a_stop_are_refused() -> None:
         worker.call(lambda: None, refused.append)
 
 
+def test_an_error_names_a_text_by_its_number_in_the_request() -> None:
+    worker, task = make(batch_tokens=2)
+
+    def predict(model: Any, tokenizer: Any, examples: Any, **options: Any) -> list[dict[str, Any]]:
+        for number, each in enumerate(examples, 1):
+            if each["text"] == "bad":
+                raise DataError(f"text {number}: is bad")
+        return [{} for _ in examples]
+
+    task.predict = predict  # type: ignore[method-assign]
+    job, told = job_of("a", "b", "c", "bad", "e")
+    worker.submit(job)
+    while worker.busy:
+        worker.step()
+    assert str(told[0]) == "text 4: is bad"
+    assert isinstance(told[0], DataError)
+
+
 def test_fewer_tokens_at_a_time_on_a_cpu(client: Any) -> None:
     from fastattn.serve.served import BATCH_TOKENS
 

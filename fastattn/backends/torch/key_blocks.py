@@ -58,9 +58,10 @@ class KeyBlocks:
             starts = np.maximum(ends - 1 - window_left, 0)
         first = starts // KEYS
         counts = (ends - 1) // KEYS + 1 - first
-        head = np.minimum(first * KEYS, ends - 1)  # where each one's first block begins
-        at = table.numpy()[np.arange(len(ends)), head // page_size], head % page_size
-        order = np.lexsort((*at, -counts))  # by addresses where it is free, so that `_Stored` need not sort
+        begin = first * KEYS
+        pages = table.numpy()[np.arange(len(ends)), begin // page_size]
+        # within those of as many blocks by addresses, so that `_Stored` seldom has to sort
+        order = np.lexsort((pages, begin % page_size, -counts))
         # how many sequences have a first block, a second one ...
         self.levels = [int((counts > level).sum()) for level in range(counts.max())]
         # the place of each block's sequence in the order
