@@ -1,4 +1,4 @@
-"""How a token behind each of several sequences attends, where a sequence has to have the bits that it has alone."""
+"""How prompts attend, and a token behind each of several sequences that has to have the bits that it has alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import RotaryTable, apply_rotary
+from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import KeyBlocks
 
 # (layer's attention, number of the layer, q, k, v) -> the heads' outputs, all (N, heads, S, D)
@@ -28,6 +29,14 @@ def one_by_one(appending: Sequence[Attend]) -> Attend:
 def suits(attn: MultiHeadAttention) -> bool:
     """Whether a layer's scores are changed by a window and a soft cap alone, and its backend is torch's."""
     return attn.alibi_slopes is None and attn.sinks is None and attn.backend in ("auto", "torch")
+
+
+def attend_prompts(attn: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of prompts that no cache precedes, (B, H, S, D), with the layer's options."""
+    return attention(
+        q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
+        sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
+    )  # fmt: skip
 
 
 class InBlocksOfKeys:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
+from fastattn.models.appending import Attend, InBlocksOfKeys, attend_prompts, one_by_one, suits
 from fastattn.models.decodable import Decodable, can_decode
-from fastattn.models.steps import GPTDecoder, attend_prompts
+from fastattn.models.steps import GPTDecoder
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.positions import apply_rotary, positions_of_tokens
 from fastattn.nn.rows import INVARIANT_ROWS, InBlocks, Rows, aligned

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.appending import Attend, InBlocksOfKeys, one_by_one, suits
+from fastattn.models.appending import Attend, InBlocksOfKeys, attend_prompts, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
 from fastattn.models.decoder_inputs import count_positions, embedding_scale
@@ -26,7 +26,6 @@ from fastattn.nn.kv_cache import copy_sequences
 from fastattn.nn.norms import RMSNorm, rms_norm
 from fastattn.nn.positions import RotaryTable, apply_rotary, sinusoids
 from fastattn.nn.rows import Elementwise, InBlocks, Rows, by_row, in_parts, rows_of
-from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import whole_blocks
 from fastattn.ops.kv_cache import attention_kv_cache
 from fastattn.ops.varlen import attention_varlen
@@ -368,14 +367,6 @@ class GPTDecoder:
         product = rows_of(weight, bias, self.model.quantized, once=self.once, then=then)
         # sums of 8-bit integers are exact in any order
         return InBlocks(product) if self.invariant and self.model.quantized is None else product
-
-
-def attend_prompts(attn: MultiHeadAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of prompts that no cache precedes, (B, H, S, D), with the layer's options."""
-    return attention(
-        q, k, v, causal=True, window=attn.window, softcap=attn.softcap, alibi_slopes=attn.alibi_slopes,
-        sinks=attn.sinks, scale=attn.scale, backend=attn.backend,
-    )  # fmt: skip
 
 
 def _append(

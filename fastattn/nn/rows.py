@@ -6,6 +6,7 @@ reads it, makes it faster. Packed weights are copies, kept as long as the weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastattn import torch_compat
-from fastattn.integers import cdiv
 from fastattn.nn.linear import linear
 from fastattn.nn.rows_table import FASTEST
 
@@ -222,10 +222,10 @@ def aligned(x: Tensor) -> Tensor:
 def in_parts(function: Rows, x: Tensor, width: int) -> Tensor:
     """function(x) of rows (N, I); on a CPU for so many at a time that `width` numbers of each are PART_ELEMENTS at
     most."""
-    count = cdiv(x.shape[0] * width, PART_ELEMENTS) if x.is_cpu else 1
+    count = math.ceil(x.shape[0] * width / PART_ELEMENTS) if x.is_cpu else 1
     if count <= 1:
         return function(x)
-    size = cdiv(x.shape[0], count)
+    size = math.ceil(x.shape[0] / count)
     result: Tensor | None = None
     for start in range(0, x.shape[0], size):
         part = function(x[start : start + size])
