@@ -75,7 +75,7 @@ ENCODER = (
 TRANSLATOR = (
     "--model", "minilm-l6", "--data.tokenizer=bpe", "--data.vocab_size=4000", "--model.hidden_size=256",
     "--model.num_hidden_layers=2", "--model.num_attention_heads=4", "--model.intermediate_size=1024",
-    "--train.lr=1e-3", "--train.warmup_steps=400", "--train.max_epochs=100",
+    "--model.attention_probs_dropout_prob=0", "--train.lr=1e-3", "--train.warmup_steps=400", "--train.max_epochs=100",
 )  # fmt: skip
 CLASSIFIED = ("accuracy", "macro_f1", "ece")
 WRITTEN = ("bleu", "chrf", "rouge1", "rougeL")

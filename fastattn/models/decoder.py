@@ -66,7 +66,8 @@ class GPT(Pretrained, nn.Module):
 
     What differs between families is a field of the config: positions, norms, the MLP's gate, windows, soft caps, BERT's
     order of norms and its head, cross-attention to an encoder. Initialised as GPT-2: normal(0, initializer_range),
-    biases 0, the two projections that add to the residual stream scaled by 1 / sqrt(2 * n_layer). Radford et al. 2019.
+    biases 0, the projections that add to the residual stream scaled by 1 / sqrt(2 * n_layer), but for BERT's order of
+    norms, whose sums are normalised. Radford et al. 2019.
     """
 
     families = DECODERS
@@ -282,7 +283,7 @@ class GPT(Pretrained, nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif name.endswith(("out_proj.weight", "mlp.c_proj.weight")):
+            elif name.endswith(("out_proj.weight", "mlp.c_proj.weight")) and not self.config.post_norm:
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, std)  # norm weights keep their initial values

@@ -23,7 +23,7 @@ class TrainConfig:
         max_steps, max_epochs, max_seconds: the run ends at the first of these: optimiser steps, passes over the
             training data, wall time including evaluations. With max_seconds the learning rate follows the time where
             that is ahead of the steps, so that the schedule is complete at the end; such a run is not reproducible.
-            Where time alone ends the run, the warmup ends after half of it at the latest.
+            Where time may end the run, the warmup ends after half of it at the latest.
         batch_size: rows in a micro-batch of one process.
         accumulate: micro-batches of each process in a step.
         sharding: of a model trained by several processes: with "ddp" each has all of it, with "fsdp" a part of each
@@ -32,7 +32,7 @@ class TrainConfig:
             collate's draws go by the seed and the batch's place in the run, whatever their number.
         optimizer: "adamw", or "muon" on the matrices of the model's blocks with AdamW on the rest.
         lr, warmup_steps, schedule, min_lr_ratio: the learning rate rises linearly to lr over warmup_steps (None for a
-            tenth of the run, by time where time alone ends it), then falls to lr * min_lr_ratio at the end: along a
+            tenth of the run, by time where that may end it), then falls to lr * min_lr_ratio at the end: along a
             cosine, linearly, or with "wsd" linearly over the last decay_ratio of the steps after the warmup;
             "constant" stays at lr.
         decay_ratio: share of the steps in which "wsd" decays.

@@ -195,7 +195,7 @@ def learning_rate(
     (warmup, stable, decay: Hu et al. 2024, arXiv 2404.06395).
 
     Args:
-        step: optimiser steps taken so far, or on a schedule by time the equivalent number.
+        step: optimiser steps taken so far.
         progress: share of the whole run that is done, from 0 to 1, warmup included.
         lr, warmup_steps, min_lr_ratio, schedule, decay_ratio: as in TrainConfig.
         longest_warmup: share of the run at which the warmup is over whatever the steps: until then the rate is at least
@@ -215,7 +215,7 @@ def warmup_of(warmup_steps: int | None, max_steps: int | None) -> tuple[float, f
 
     Args:
         warmup_steps: as in TrainConfig, None for WARMUP of the run.
-        max_steps: the run's steps, None where time alone ends it: their number is not known then.
+        max_steps: the run's steps, None where time may end it: their number is not known then.
     """
     if max_steps is not None:
         return (round(WARMUP * max_steps) if warmup_steps is None else warmup_steps), math.inf

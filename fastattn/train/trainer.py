@@ -392,8 +392,6 @@ class Trainer:
         config, state = self.config, self.state
         begun = time.monotonic()
         progress = self._progress()
-        by_time = self.max_steps and config.max_seconds
-        step = max(state.step, progress * self.max_steps) if by_time and self.max_steps else state.step
         indices = [self.sampler.next_batch(config.batch_size) for _ in range(config.accumulate)]
         if self._loader is not None:
             batches = [self.batches.moved(next(self._loader)) for _ in indices]
@@ -401,7 +399,7 @@ class Trainer:
             batches = [self.batches.of(self.train_data, part) for part in indices]
         if self._peak_flops:
             self._flops_per_token(batches[0])
-        update = self.updates.take(batches, step, progress)
+        update = self.updates.take(batches, state.step, progress)
         if update.taken:
             state.nonfinite_in_a_row = 0
         else:

@@ -59,14 +59,14 @@ class Updates:
         model: its trainable parameters are updated.
         config: the optimiser's options.
         objective: computes the gradient of a step's loss.
-        max_steps: the run's steps, None where time alone ends it.
+        max_steps: most steps of the run, None where time alone ends it.
     """
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, objective: Objective, max_steps: int | None
     ) -> None:
         self.config = config
-        self._warmup = warmup_of(config.warmup_steps, max_steps)
+        self._warmup = warmup_of(config.warmup_steps, None if config.max_seconds else max_steps)
         self.objective = objective
         self.optimizer = build_optimizer(
             model,

@@ -205,14 +205,38 @@ def test_a_slow_machine_passes_through_the_whole_schedule(make_trainer, monkeypa
     monkeypatch.setattr("fastattn.train.trainer.time.monotonic", lambda: now[0])
     tick = {"on_record": lambda record: now.__setitem__(0, now[0] + 1.0)}
     result = make_trainer(
-        max_steps=1000, max_seconds=10.0, warmup_steps=50, log_every=1, lr=1.0, grad_clip=1e-3, keywords=tick
+        max_steps=1000,
+        max_seconds=10.0,
+        warmup_steps=None,
+        log_every=1,
+        lr=1.0,
+        grad_clip=1e-3,
+        keywords=tick,
     ).fit()
     rates = [r["lr"] for r in result.log if r["event"] == "train"]
     assert len(rates) == 10
-    assert rates[0] == pytest.approx(1 / 50)
+    assert rates[0] == 0.0
     assert rates[1] > 0.98
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] < 0.16
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_steps": 10**6}, {"max_steps": None, "max_epochs": 10**5}, {"max_steps": None}]
+)
+def test_a_warmup_has_its_number_of_steps_also_where_time_ends_the_run(make_trainer, monkeypatch, limit):
+    """Forty steps fit; steps or epochs that are never reached do not shorten the warmup of ten."""
+    now = [0.0]
+    monkeypatch.setattr("fastattn.train.trainer.time.monotonic", lambda: now[0])
+    tick = {"on_record": lambda record: now.__setitem__(0, now[0] + 1.0)}
+    options = {"max_seconds": 40.0, "warmup_steps": 10, "log_every": 1, "lr": 1.0, "grad_clip": 1e-3, **limit}
+    result = make_trainer(keywords=tick, min_lr_ratio=0.0, **options).fit()
+    rates = [r["lr"] for r in result.log if r["event"] == "train"]
+    assert len(rates) == 40
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] < 0.01
 
 
 @pytest.mark.parametrize("warmup_steps", [None, 5000])
