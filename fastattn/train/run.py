@@ -297,9 +297,9 @@ def _scheduled(inputs: Inputs, task: ModuleType, preset: str | None, examples: i
     steps: dict[str, Any] = {"eval_every": every, "save_every": every}
     if "lr" not in task.DEFAULTS:
         steps["lr"] = learning_rate(model.config.hidden_size)
-    # of a run that time may end, a share of the time
-    known = total is not None and config.max_seconds is None
-    steps["warmup_steps"] = round(WARMUP * total) if known and total else None
+    steps["warmup_steps"] = None  # a share of the run, whose steps nobody knows where time may end it
+    if total is not None and config.max_seconds is None:
+        steps["warmup_steps"] = round(WARMUP * total)
     return _sections(inputs, task, preset, steps)
 
 

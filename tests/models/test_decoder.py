@@ -213,8 +213,12 @@ def test_logits_to_keep_and_position_ids():
     torch.testing.assert_close(rotary(tokens, position_ids=torch.arange(8) + 5).logits, rotary(tokens).logits)
 
 
-def test_initialisation_is_gpt2s():
-    model = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=4))
+@pytest.mark.parametrize("post_norm", [False, True], ids=["gpt2", "bert"])
+def test_initialisation_is_gpt2s_or_berts(post_norm):
+    """BERT normalises every sum, so that what is added to it need not be small."""
+    model = GPT(
+        GPTConfig(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=4, post_norm=post_norm)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all(), name
@@ -222,7 +226,7 @@ def test_initialisation_is_gpt2s():
             assert (parameter == 1).all(), name
         else:
             residual = name.endswith(("out_proj.weight", "mlp.c_proj.weight"))
-            std = 0.02 / (4 if residual else 1)  # sqrt(2 * 8)
+            std = 0.02 / (4 if residual and not post_norm else 1)  # sqrt(2 * 8)
             assert parameter.std().item() == pytest.approx(std, rel=6 / math.sqrt(2 * parameter.numel())), (
                 name
             )

@@ -533,11 +533,12 @@ def test_patience_counts_the_evaluations_of_epochs_and_of_shorter_runs(encoder: 
         ("max_steps=9", 2),
         ("max_steps=2", 1),
         ("max_epochs=2", 12),
-        ("max_seconds=60", 12),
+        ("max_seconds=60", 12),  # of the task's epochs, if the time lasts
     ):
         words = (f"--train.{limit}", "--train.batch_size=2")
         config = work.prepare(dataclasses.replace(given, overrides=words)).sections.train
         assert (config.eval_every, config.save_every) == (every, every), limit
+        assert (config.warmup_steps is None) == ("seconds" in limit), limit
     with pytest.raises(work.ConfigError, match=r"^patience: needs eval_every"):
         work.prepare(dataclasses.replace(given, overrides=("--train.patience=2", "--train.eval_every=none")))
 
