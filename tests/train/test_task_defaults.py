@@ -51,5 +51,5 @@ def test_the_rate_by_width_and_the_warmup_are_those_of_the_page() -> None:
     assert [f"{learning_rate(width):.0e}" for width in (384, 768)] == ["2e-04", "5e-05"]
     assert learning_rate(384) == 30 / 384**2
     assert learning_rate(16) == 3e-4
-    assert "a warmup over a tenth of the steps, or of the time where time alone ends the run" in text
+    assert "a warmup over a tenth of the steps, or of the time where that may end the run" in text
     assert WARMUP == 0.1
