@@ -15,7 +15,7 @@ from fastattn.train.sharding import is_sharded
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 OptimizerName = Literal["adamw", "muon"]
 WARMUP = 0.1  # share of a run without a number of steps of its own
-LONGEST_WARMUP = 0.5  # share of a run that time alone ends; the rest is for the decay
+LONGEST_WARMUP = 0.5  # share of a run that time may end; the rest is for the decay
 
 
 class Stepper(Protocol):
