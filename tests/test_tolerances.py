@@ -50,7 +50,8 @@ ALLOWED: dict[str, tuple[int, str]] = {  # by file: how many, and why
     "train/test_distributed.py": (3, "logged losses, rounded to float32, and a command's run in float32"),
     "train/test_gpt.py": (4, "logged losses in float32; a model swapped for another's"),
     "train/test_held_out_text.py": (6, "shares of a text that are held out"),
-    "train/test_trainer.py": (10, "learning rates, rounded in logs, and float32 losses and norms"),
+    "train/test_time_limits.py": (4, "learning rates, rounded in logs"),
+    "train/test_trainer.py": (7, "learning rates, rounded in logs, and float32 losses and norms"),
     "transformers_rule.py": (1, "gradients that are zero, beside the largest"),
     "tune/test_cycles.py": (1, "cycles of a model beside hand counts"),
 }
