@@ -80,7 +80,7 @@ class Mlp(nn.Module):
         the layers."""
         return (
             not torch.is_grad_enabled()
-            and recorded_by_autograd_alone(x)  # first: under tracing, comparing sizes adds a guard
+            and recorded_by_autograd_alone(x)  # before the sizes: under tracing, comparing them adds a guard
             and x.is_cpu
             and x.dim() >= 2
             and all(type(layer) in (Linear, Int8Linear) for layer in (self.c_fc, self.c_proj))

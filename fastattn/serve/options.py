@@ -19,8 +19,8 @@ class ServeOptions:
         max_length: most tokens of prompt and continuation; None = what the model reads.
         kv_memory: bytes for the keys and values of a model; None = for max_batch sequences, at most 1 GiB.
         page_size: tokens of a page of them; a CPU is fastest with a multiple of 64.
-        batch_tokens: tokens of texts that an encoder reads at the same time; None = 2048 on a CPU, whose caches hold
-            what these need between two products, and 8192 elsewhere.
+        batch_tokens: tokens of texts that an encoder reads at the same time; None = 2048 on a CPU, where
+            temporaries of more tokens leave the caches, and 8192 elsewhere.
         max_body: most bytes of a request.
         max_inputs: most texts of a request, and most prompts times `n`.
         timeout: seconds after which a request fails.

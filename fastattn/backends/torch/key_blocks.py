@@ -79,7 +79,8 @@ class KeyBlocks:
         self.heads, self.count, self.places = heads, len(of), torch.from_numpy(places)
         self.of = torch.from_numpy(of[self.stored.order])
         self.back = torch.from_numpy(np.argsort(order))
-        self.in_order = _is_sorted(order), _is_sorted(of[self.stored.order])
+        self.results_in_order = _is_sorted(order)
+        self.queries_in_order = _is_sorted(of[self.stored.order])
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
@@ -95,7 +96,7 @@ class KeyBlocks:
         dtype = accumulation_dtype(query.dtype)
         scale = query.shape[3] ** -0.5 if scale is None else scale
         queries = query[:, :, 0]
-        if not self.in_order[1]:
+        if not self.queries_in_order:
             queries = queries.index_select(0, self.of)
         queries = queries.to(dtype).reshape(count * self.heads, num_heads // self.heads, -1)
         scores = self.stored.products(queries, keys, transposed=True).mul_(scale)
@@ -112,7 +113,7 @@ class KeyBlocks:
         out = self._weighted(probs, values, total)
         if not math.isfinite(out.sum().item()):  # what no key of this sequence may be in the last block
             out = self._weighted(probs, values, total, self.stored.sorted(self.hidden))
-        if not self.in_order[0]:
+        if not self.results_in_order:
             out = out.index_select(0, self.back)
         return out.to(query.dtype)[:, :, None]
 
