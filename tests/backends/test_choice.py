@@ -21,6 +21,7 @@ from fastattn.backends import switches
 from fastattn.backends.torch.dense import NARROW_FUSED_BWD_MIN_KEYS
 from fastattn.backends.torch.whole_rows import ELEMENTS
 from fastattn.integrations import flash_attn
+from fastattn.ops import plan
 
 FUSED = [backend for backend in backends.BACKENDS if backend.NAME != "torch"]
 
@@ -120,27 +121,31 @@ def test_what_runs_on_a_cpu_is_said(name: str) -> None:
 
 
 ONE, SEVERAL = "one query: ", "matrix products with all keys up to 16 queries"
-KERNEL = "torch's fused CPU kernel with one thread"
-# (queries, key heads, dtype, threads): the start of what `explain`, and of a cache `explain_kv_cache`, says
+KERNEL = "torch's fused CPU kernel"
+FEW_KEYS = f"{KERNEL} with one thread up to {2**17 // 8} keys of all key heads, beyond matrix products"
+# (queries, key heads, dtype, threads, whether the processor is of MKL's maker, the start of what `explain`, and of a
+# cache `explain_kv_cache`, says)
 OF_ONE_QUERY = [
-    (1, 2, torch.float32, 2, f"{ONE}matrix products"),
-    (1, 2, torch.float32, 1, f"{ONE}{KERNEL}"),
-    (
-        1,
-        4,
-        torch.bfloat16,
-        1,
-        f"{ONE}{KERNEL} up to {2**17 // 8} keys of all key heads, beyond matrix products",
-    ),
-    (5, 4, torch.float32, 1, SEVERAL),
+    (1, 2, torch.float32, 2, False, f"{ONE}matrix products"),
+    (1, 2, torch.float32, 1, False, f"{ONE}{KERNEL}"),
+    (1, 4, torch.bfloat16, 1, False, f"{ONE}{FEW_KEYS}"),
+    (1, 4, torch.float32, 2, True, f"{ONE}matrix products"),
+    (1, 2, torch.float32, 2, True, f"{ONE}{KERNEL}"),
+    (1, 4, torch.bfloat16, 2, True, f"{ONE}{KERNEL}"),
+    (5, 4, torch.float32, 1, False, SEVERAL),
+    (5, 4, torch.float32, 2, True, SEVERAL),
 ]
 
 
-@pytest.mark.parametrize(("queries", "kv_heads", "dtype", "threads", "said"), OF_ONE_QUERY)
+@pytest.mark.parametrize(("queries", "kv_heads", "dtype", "threads", "intel", "said"), OF_ONE_QUERY)
 def test_what_runs_one_query_is_said(
-    queries: int, kv_heads: int, dtype: torch.dtype, threads: int, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    queries: int, kv_heads: int, dtype: torch.dtype, threads: int, intel: bool, said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch_compat, "has_mkl_on_intel", lambda: intel)
+    monkeypatch.setattr(torch_compat, "has_fast_products", lambda dtype: intel)
+    plan.clear()
     q, cache = torch.randn(2, 4, queries, 8).to(dtype), torch.zeros(2, kv_heads, 9, 8, dtype=dtype)
     lengths = torch.tensor([5, 9], dtype=torch.int32)
     assert (fastattn.explain_kv_cache(q, cache, cache.clone(), lengths).tiles or "").startswith(said)
@@ -152,6 +157,7 @@ def test_what_runs_one_query_is_said(
         fastattn.attention_kv_cache(q, cache, cache.clone(), lengths)
         assert bool(called) == (KERNEL in said)
         assert (fastattn.explain(q, cache, cache).tiles or "").startswith(said)
+    plan.clear()
 
 
 @pytest.mark.parametrize(

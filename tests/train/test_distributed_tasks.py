@@ -68,6 +68,31 @@ def free_port() -> int:
         return port
 
 
+def run_processes(folder: Path, world: int) -> None:
+    """Run the commands in `folder` with `world` processes; an error shows what each of them wrote.
+
+    When one fails, its peers fail too, by a lost connection: any of the texts may be the one with the cause.
+    """
+    port = free_port()
+    ranks, errors = [], [folder / f"stderr-{world}-{rank}.txt" for rank in range(world)]
+    for rank, path in enumerate(errors):
+        several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        command = [sys.executable, str(WORKER), str(folder), str(world)]
+        with path.open("w") as stderr:
+            ranks.append(subprocess.Popen(command, env=env | (several if world > 1 else {}), stderr=stderr))
+    try:
+        codes = [process.wait(timeout=280) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    shown = [f"process {rank}, exit {code}:\n{path.read_text()[-3000:]}" for rank, (code, path) in
+             enumerate(zip(codes, errors, strict=True))]  # fmt: skip
+    assert not any(codes), "\n".join(shown)
+
+
 @pytest.mark.exhaustive
 def test_every_task_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
     """On the same global batch. Masks are drawn by each process, and embeddings have the negatives of its own batch, so
@@ -75,23 +100,7 @@ def test_every_task_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
     made = commands(tmp_path)
     (tmp_path / "commands.json").write_text(json.dumps(made))
     for world in (1, 2):
-        port = free_port()
-        ranks = []
-        for rank in range(world):
-            several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            env = {**os.environ, "OMP_NUM_THREADS": "1", **(several if world > 1 else {})}
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), str(tmp_path), str(world)],
-                    env=env,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        for process in ranks:
-            _, err = process.communicate(timeout=280)
-            assert process.returncode == 0, err[-4000:]
+        run_processes(tmp_path, world)
     one, two = (json.loads((tmp_path / f"reports-{world}.json").read_text()) for world in (1, 2))
     assert one.keys() == two.keys() == made.keys()
     for name, expected in one.items():

@@ -2,10 +2,10 @@
 head.
 
 A batched matrix product gives a matrix the same bits at any place of the batch, except in a batch of one, which uses
-other code; a single matrix is therefore given twice. torch's fused kernel does not have this property with several
-threads: each thread's scratch buffer follows the previous one's, so the alignment, on which products of few rows
-depend, differs between threads. With one thread it is used where it is faster: it starts fewer operations, which
-matters where keys are few, and everywhere on processors for which MKL's products are made.
+other code; a single matrix is therefore given twice. In torch's fused kernel with several threads a float32 product of
+one row does not have this property: each thread's scratch buffer follows the previous one's, so the alignment, on which
+such products depend, differs between threads. Otherwise the kernel is used where it is faster, because it starts fewer
+operations: on processors for which MKL's products are made, and with one thread on others where keys are few.
 """
 
 from __future__ import annotations
@@ -44,18 +44,17 @@ def keeps_scores(spec: AttentionSpec) -> bool:
 
 def tiles(spec: AttentionSpec) -> str:
     """What computes one query with the threads that there are now."""
-    most = 0
-    if torch.get_num_threads() == 1:
-        wide = accumulation_dtype(spec.dtype)
-        most = most_fused_keys(1, spec.group_size, spec.head_dim, spec.value_dim, wide, 1.0)
-        if wide != spec.dtype:
-            most = min(most, FEW_ELEMENTS // spec.head_dim)
-    products, kernel = "matrix products with all keys", "torch's fused CPU kernel with one thread"
+    several, wide = torch.get_num_threads() > 1, accumulation_dtype(spec.dtype)
+    most = most_fused_keys(1, spec.group_size, spec.head_dim, spec.value_dim, spec.dtype, 1.0, several)
+    if not most and wide != spec.dtype:  # few elements are widened
+        widened = most_fused_keys(1, spec.group_size, spec.head_dim, spec.value_dim, wide, 1.0, several)
+        most = min(widened, FEW_ELEMENTS // spec.head_dim)
+    products, kernel = "matrix products with all keys", "torch's fused CPU kernel"
     if not most:
         return f"one query: {products}"
     if most == sys.maxsize:
         return f"one query: {kernel}"
-    return f"one query: {kernel} up to {most} keys of all key heads, beyond {products}"
+    return f"one query: {kernel} with one thread up to {most} keys of all key heads, beyond {products}"
 
 
 def are_few(num_heads: int, queries: int, keys: int, causal: bool) -> bool:
@@ -110,7 +109,17 @@ def results(
     elements = num_kv_heads * seqlen * head_dim
     out: Tensor
     lse: Tensor | None
-    if dtype != wide and elements <= FEW_ELEMENTS:
+    apart, several = False, torch.get_num_threads() > 1
+    if count == 1 and seqlen <= most_fused_keys(
+        num_kv_heads, group_size, head_dim, value_dim, dtype, scale, several
+    ):
+        rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
+        out, row_lse = fused_rows(rows, key, value, scale)
+        if is_regular(row_lse):
+            out = out.reshape(batch, num_heads, 1, head_dim).contiguous()
+            return out, row_lse.reshape(batch, num_heads, 1).contiguous() if wants_lse else None
+        apart = True  # sequences with regular rows keep the bits they would have in another batch
+    elif dtype != wide and elements <= FEW_ELEMENTS:
         # starting a product in 16 bits takes longer than widening so few elements
         sequences = max(1, WIDENED_ELEMENTS // elements)
         few = []
@@ -119,17 +128,6 @@ def results(
             few.append(results(q, k, v, scale, exact_scores, causal, wants_lse))
         out, lse = _joined(few)
         return out.to(dtype), lse
-    apart = False
-    if count == 1 and torch.get_num_threads() == 1:
-        most_fused = most_fused_keys(num_kv_heads, group_size, head_dim, value_dim, dtype, scale)
-        if seqlen <= most_fused:
-            rows = query.reshape(batch, num_kv_heads, group_size, head_dim)
-            out, row_lse = torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
-            if is_regular(row_lse):
-                if group_size > 1:
-                    out = out.reshape(batch, num_heads, 1, head_dim)
-                return out, row_lse.reshape(batch, num_heads, 1) if wants_lse else None
-            apart = True  # sequences with regular rows keep the bits they would have in another batch
     if batch > 1 and (
         apart or halves(num_kv_heads, elements) or not (batch_merges(key) and batch_merges(value))
     ):
@@ -147,6 +145,18 @@ def results(
     )
     out = out.view(batch, num_heads, count, value_dim)
     return out, None if lse is None else lse.view(batch, num_heads, count)
+
+
+def fused_rows(rows: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows (B, Hkv, n, D), which all see every key, by torch's fused kernel: (B, Hkv, n, D) and
+    (B, Hkv, n). The bits of a sequence are those that it has alone; a row that is not regular may be wrong."""
+    batch, num_kv_heads = rows.shape[:2]
+    if batch * num_kv_heads > 1 or torch.get_num_threads() == 1:
+        return torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+    # MKL would share the product of a lone matrix among all threads
+    twice = (t.expand(2, -1, -1, -1) for t in (rows, key, value))
+    out, lse = torch_compat.cpu_flash_attention(*twice, False, None, scale)
+    return out[:1], lse[:1]
 
 
 def in_one_product(key: Tensor, value: Tensor, dtype: torch.dtype, elements: int) -> bool:
@@ -221,22 +231,31 @@ def _joined(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
 
 
 def most_fused_keys(
-    num_kv_heads: int, group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    scale: float,
+    several_threads: bool,
 ) -> int:
-    """The most keys for which one thread runs torch's fused kernel; 0 where the kernel's error may be too large.
-    Independent of the batch size."""
+    """The most keys for which torch's fused kernel runs; 0 where its error may be too large, or a sequence's bits would
+    depend on the batch. Independent of the batch size."""
     if (
-        dtype not in (torch.float32, torch.float64)
-        or head_dim != value_dim
+        head_dim != value_dim
         or head_dim % 8
         or not scale > 0
         or not torch_compat.has_cpu_flash_attention(backward=False)
     ):
         return 0
+    exact = dtype in (torch.float32, torch.float64)
+    if torch_compat.has_mkl_on_intel():
+        chosen = torch_compat.has_fast_products(dtype) if not exact else group_size > 1 or not several_threads
+        return sys.maxsize if chosen else 0
+    if several_threads or not exact:
+        return 0
     shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
-    if shared or torch_compat.has_mkl_on_intel():
-        return sys.maxsize
-    return FEW_ELEMENTS // (num_kv_heads * head_dim)
+    return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)
 
 
 def _products(

@@ -82,7 +82,7 @@ def _single_query_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool
     num_kv_heads, seqlen, value_dim = call.key.shape[1], call.key.shape[2], spec.value_dim
     group_size, scale = spec.group_size, call.scale
     elements, shape = num_kv_heads * seqlen * dim, (batch, num_heads, 1, value_dim)
-    fits = seqlen <= single_query.most_fused_keys(num_kv_heads, group_size, dim, value_dim, spec.dtype, scale)
+    folded_shape = (batch, num_kv_heads, group_size, dim)
     in_products = single_query.in_one_product(call.key, call.value, spec.dtype, elements)
     groups, strides = batch * num_kv_heads, strides_in_order(call.query.stride(), shape)
     k_matrices, v_matrices = ((groups, seqlen, n) for n in (dim, value_dim))
@@ -90,16 +90,16 @@ def _single_query_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool
     v_strides: tuple[int, ...] = ()
     if in_products:
         k_strides, v_strides = (single_query.merged(t).stride() for t in (call.key, call.value))
-    flash = torch_compat.cpu_flash_kernel()
+    most_fused = _most_fused_keys(spec, num_kv_heads, scale)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         lse: Tensor | None
-        if fits and torch.get_num_threads() == 1:
-            rows = query if group_size == 1 else query.reshape(batch, num_kv_heads, group_size, dim)
-            out, lse = flash(rows, key, value, 0.0, False, attn_mask=None, scale=scale)
+        if seqlen <= most_fused[torch.get_num_threads() > 1]:
+            rows = query if group_size == 1 else query.reshape(folded_shape)
+            out, lse = single_query.fused_rows(rows, key, value, scale)
             if fused.is_regular(lse):
-                out = out if group_size == 1 else out.reshape(shape)
-                lse = lse.reshape(batch, num_heads, 1) if wants_lse else None
+                out = out.reshape(shape)
+                lse = lse.reshape(batch, num_heads, 1).contiguous() if wants_lse else None
                 return (out if out.stride() == strides else in_order(out, query)), lse
         elif in_products:
             out, lse = single_query.products(
@@ -231,17 +231,14 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
     causal = causal and count > 1
     scale, new_keys, group_size, value_dim = call.scale, call.new_keys, spec.group_size, spec.value_dim
     num_kv_heads = num_heads // group_size
-    most_fused = 0
-    if count == 1:
-        most_fused = single_query.most_fused_keys(num_kv_heads, group_size, dim, value_dim, spec.dtype, scale)
-    flash = torch_compat.cpu_flash_kernel()
+    most_fused = _most_fused_keys(spec, num_kv_heads, scale) if count == 1 else (0, 0)
     k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
     k_step, v_step = k_strides[2], v_strides[2]
     groups = batch * num_kv_heads
     queries, shape = (groups, group_size * count, dim), (batch, num_heads, count, value_dim)
     folded_shape = (batch, num_kv_heads, group_size, dim)
     k_added, v_added = (batch, num_kv_heads, new_keys, dim), (batch, num_kv_heads, new_keys, value_dim)
-    contiguous = call.query.is_contiguous()
+    contiguous, strides = call.query.is_contiguous(), strides_in_order(call.query.stride(), shape)
     one = single_query.batch_merges(call.k_cache) and single_query.batch_merges(call.v_cache)
     # one matrix for each key/value head
     k_matrix, v_matrix = (
@@ -262,17 +259,16 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
             v_place = v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step)
             copy((k_place, v_place), (key, value))
         lse: Tensor | None
-        if total <= most_fused and torch.get_num_threads() == 1:
+        if total <= most_fused[torch.get_num_threads() > 1]:
             folded = query if group_size == 1 else query.reshape(folded_shape)
             keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
             values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
-            out, lse = flash(folded, keys, values, scale=scale)
+            out, lse = single_query.fused_rows(folded, keys, values, scale)
             if fused.is_regular(lse):
-                if group_size > 1:
-                    out = out.reshape(shape)
-                if not contiguous:  # as out is, of one query
+                out = out.reshape(shape)
+                if out.stride() != strides:
                     out = in_order(out, query)
-                return (out, lse.reshape(batch, num_heads, 1)) if return_lse else out
+                return (out, lse.reshape(batch, num_heads, 1).contiguous()) if return_lse else out
         elif (
             one
             and ((elements := num_kv_heads * total * dim) > single_query.FEW_ELEMENTS or not widened)
@@ -296,6 +292,17 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
         return out if lse is None else (out, lse)
 
     return run
+
+
+def _most_fused_keys(spec: AttentionSpec, num_kv_heads: int, scale: float) -> tuple[int, int]:
+    """`most_fused_keys` with one thread, and with several."""
+    one, several = (
+        single_query.most_fused_keys(
+            num_kv_heads, spec.group_size, spec.head_dim, spec.value_dim, spec.dtype, scale, threads
+        )
+        for threads in (False, True)
+    )
+    return one, several
 
 
 def _only_tile(spec: AttentionSpec, call: AttentionCall) -> Tile | None:
