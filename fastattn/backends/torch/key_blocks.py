@@ -1,13 +1,14 @@
 """One query for each of several sequences, against their keys in blocks of a fixed number.
 
 All sequences run in the same operations, whatever their lengths, and each has the bits that it has alone: a batched
-product gives a matrix the same bits at any place of the batch, and what the blocks of a sequence add up to is summed in
-their order.
+product, and torch's fused kernel on some processors, give a matrix the same bits at any place of the batch, and what
+the blocks of a sequence add up to is summed in their order.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastattn.backends.torch import single_query
 from fastattn.backends.torch.exponential import exp_
+from fastattn.backends.torch.fused import is_regular
 from fastattn.backends.torch.whole_rows import product
 from fastattn.integers import cdiv
 from fastattn.spec import accumulation_dtype
@@ -81,6 +84,9 @@ class KeyBlocks:
         self.back = torch.from_numpy(np.argsort(order))
         self.results_in_order = _is_sorted(order)
         self.queries_in_order = _is_sorted(of[self.stored.order])
+        self._mask: Tensor | None = (
+            None  # additive, of `hidden` in the order of `stored`, in the last call's dtype
+        )
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
@@ -92,13 +98,79 @@ class KeyBlocks:
             keys, values: (P, Hkv, page, D) and (P, Hkv, page, Dv), contiguous.
             scale, softcap: as in `attention`.
         """
-        count, num_heads = self.count, query.shape[1]
-        dtype = accumulation_dtype(query.dtype)
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        queries = query[:, :, 0]
+        if not softcap and self._runs_kernel(query, values, scale):
+            out = self._by_kernel(query[:, :, 0], keys, values, scale)
+        else:
+            out = self._by_products(query[:, :, 0], keys, values, scale, softcap)
+        if not self.results_in_order:
+            out = out.index_select(0, self.back)
+        return out.to(query.dtype)[:, :, None]
+
+    def _runs_kernel(self, query: Tensor, values: Tensor, scale: float) -> bool:
+        group, dim, value_dim = query.shape[1] // self.heads, query.shape[3], values.shape[3]
+        several = torch.get_num_threads() > 1
+        most = single_query.most_fused_keys(self.heads, group, dim, value_dim, query.dtype, scale, several)
+        return most == sys.maxsize and single_query.keeps_bits(dim, value_dim, query.dtype, scale)
+
+    def _of_blocks(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, H, D) as (M * Hkv, group, D), the queries of each block in the order of `_Stored`."""
         if not self.queries_in_order:
             queries = queries.index_select(0, self.of)
-        queries = queries.to(dtype).reshape(count * self.heads, num_heads // self.heads, -1)
+        return queries.to(dtype).reshape(self.count * self.heads, queries.shape[1] // self.heads, -1)
+
+    def _by_kernel(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """(N, H, Dv), in the order of `_over_blocks`, by torch's fused kernel; sequences in which it is wrong by
+        products."""
+        rows = self._of_blocks(queries, queries.dtype).unflatten(0, (self.count, self.heads))
+        out, lse = self._fused(rows, keys, values, scale, with_rest=True)
+        wrong = None
+        if not (
+            is_regular(lse) and math.isfinite(out.sum().item())
+        ):  # by what no key of a sequence may be in its block
+            out, lse = self._fused(rows, keys, values, scale, with_rest=False)
+            wrong = self._over_blocks((lse == 0) | ~lse.isfinite(), torch.logical_or)  # (N, H)
+        if len(self.levels) > 1:
+            largest = self._over_blocks(lse.clone(), torch.maximum)
+            shares = exp_(lse.sub_(largest.index_select(0, self.places)))
+            out = self._over_blocks(out * shares[..., None], torch.add)
+            out.div_(self._over_blocks(shares, torch.add)[..., None])
+        if wrong is not None and wrong.any():
+            by_products = self._by_products(queries, keys, values, scale, None)
+            out = torch.where(wrong.any(1)[:, None, None], by_products, out)
+        return out
+
+    def _fused(
+        self, rows: Tensor, keys: Tensor, values: Tensor, scale: float, *, with_rest: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of each block, (M, H, Dv) and (M, H), for rows (M, Hkv, group, D).
+
+        with_rest: read what a block holds besides its sequence's keys, with weights of 0; otherwise zeros are there.
+        """
+        hidden = self.stored.sorted(self.hidden)[:, None]  # (M, 1, 1, KEYS)
+        if self._mask is None or self._mask.dtype != rows.dtype:
+            zeros = torch.zeros(hidden.shape, dtype=rows.dtype, device="cpu")
+            self._mask = zeros.masked_fill_(hidden, -torch.inf)
+        outs, lses = [], []
+        of_keys, of_values = (self.stored.batches(pages, converted=False) for pages in (keys, values))
+        for (start, key), (_, value) in zip(of_keys, of_values):
+            key, value = (t.unflatten(0, (-1, self.heads)) for t in (key, value))
+            part = slice(start, start + key.shape[0])
+            if not with_rest:
+                key, value = (t.masked_fill(hidden[part].mT, 0) for t in (key, value))
+            out, lse = single_query.fused_rows(rows[part], key, value, scale, self._mask[part])
+            outs.append(out)
+            lses.append(lse)
+        out, lse = (made[0] if len(made) == 1 else torch.cat(made) for made in (outs, lses))
+        out, lse = out.reshape(self.count, -1, out.shape[3]), lse.reshape(self.count, -1)
+        return self.stored.unsorted(out), self.stored.unsorted(lse)
+
+    def _by_products(
+        self, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """(N, H, Dv), in the order of `_over_blocks`."""
+        count, num_heads = self.count, queries.shape[1]
+        queries = self._of_blocks(queries, accumulation_dtype(queries.dtype))
         scores = self.stored.products(queries, keys, transposed=True).mul_(scale)
         if softcap:
             scores.div_(softcap).tanh_().mul_(softcap)
@@ -113,9 +185,7 @@ class KeyBlocks:
         out = self._weighted(probs, values, total)
         if not math.isfinite(out.sum().item()):  # what no key of this sequence may be in the last block
             out = self._weighted(probs, values, total, self.stored.sorted(self.hidden))
-        if not self.results_in_order:
-            out = out.index_select(0, self.back)
-        return out.to(query.dtype)[:, :, None]
+        return out
 
     def _weighted(self, probs: Tensor, values: Tensor, total: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(N, H, Dv), in the order of `_over_blocks`."""
@@ -192,7 +262,7 @@ class _Stored:
         hidden: (M, 1, KEYS), keys that count as 0; None = none.
         """
         result = rows.new_empty(*rows.shape[:2], KEYS if transposed else pages.shape[3])
-        for start, blocks in self._batches(pages):
+        for start, blocks in self.batches(pages, converted=pages.dtype != rows.dtype):
             part = slice(start * self.heads, start * self.heads + blocks.shape[0])
             matrices = blocks.to(rows.dtype)
             if hidden is not None:
@@ -205,14 +275,14 @@ class _Stored:
                 torch.bmm(*operands, out=result[part])
         return result
 
-    def _batches(self, pages: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first block, blocks (m * heads, KEYS, D)); few at a time where they are copied or converted, so that they
-        stay in a core's cache until they are multiplied."""
+    def batches(self, pages: Tensor, *, converted: bool) -> Iterator[tuple[int, Tensor]]:
+        """(first block, blocks (m * heads, KEYS, D)); few at a time where they are copied, or converted by the caller,
+        so that they stay in a core's cache until they are multiplied."""
         dim = pages.shape[3]
         step = max(1, COPIED_ELEMENTS * torch.get_num_threads() // (self.heads * KEYS * dim))
         matrix = self.page_size * dim
         for run in self.runs:
-            most = run.stop - run.start if pages.dtype == accumulation_dtype(pages.dtype) else step
+            most = step if converted else run.stop - run.start
             for start in range(run.start, run.stop, most):
                 count = min(most, run.stop - start) * self.heads
                 first = (run.page + start - run.start) * self.heads * matrix + run.inside * KEYS * dim

@@ -147,16 +147,41 @@ def results(
     return out, None if lse is None else lse.view(batch, num_heads, count)
 
 
-def fused_rows(rows: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def fused_rows(
+    rows: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of rows (B, Hkv, n, D), which all see every key, by torch's fused kernel: (B, Hkv, n, D) and
-    (B, Hkv, n). The bits of a sequence are those that it has alone; a row that is not regular may be wrong."""
+    (B, Hkv, n). A row that is not regular may be wrong.
+
+    The bits of a sequence are those that it has alone where `keeps_bits`, except of one float32 row with several
+    threads.
+
+    Args:
+        mask: additive, (B, 1, 1, S) in the dtype of the rows; None = none.
+    """
     batch, num_kv_heads = rows.shape[:2]
     if batch * num_kv_heads > 1 or torch.get_num_threads() == 1:
-        return torch_compat.cpu_flash_attention(rows, key, value, False, None, scale)
+        return torch_compat.cpu_flash_attention(rows, key, value, False, mask, scale)
     # MKL would share the product of a lone matrix among all threads
-    twice = (t.expand(2, -1, -1, -1) for t in (rows, key, value))
-    out, lse = torch_compat.cpu_flash_attention(*twice, False, None, scale)
+    q, k, v = (t.expand(2, -1, -1, -1) for t in (rows, key, value))
+    mask = None if mask is None else mask.expand(2, -1, -1, -1)
+    out, lse = torch_compat.cpu_flash_attention(q, k, v, False, mask, scale)
     return out[:1], lse[:1]
+
+
+def keeps_bits(head_dim: int, value_dim: int, dtype: torch.dtype, scale: float) -> bool:
+    """Whether torch's fused kernel runs one query's products where they have the same bits at any place of a batch, as
+    those that MKL makes for its maker's processors do, and their error is within the rule."""
+    return (
+        torch_compat.has_mkl_on_intel()
+        and _fused_runs(head_dim, value_dim, scale)
+        and (dtype == accumulation_dtype(dtype) or torch_compat.has_fast_products(dtype))
+    )
+
+
+def _fused_runs(head_dim: int, value_dim: int, scale: float) -> bool:
+    of_kernel = head_dim == value_dim and head_dim % 8 == 0 and scale > 0
+    return of_kernel and torch_compat.has_cpu_flash_attention(backward=False)
 
 
 def in_one_product(key: Tensor, value: Tensor, dtype: torch.dtype, elements: int) -> bool:
@@ -241,18 +266,11 @@ def most_fused_keys(
 ) -> int:
     """The most keys for which torch's fused kernel runs; 0 where its error may be too large, or a sequence's bits would
     depend on the batch. Independent of the batch size."""
-    if (
-        head_dim != value_dim
-        or head_dim % 8
-        or not scale > 0
-        or not torch_compat.has_cpu_flash_attention(backward=False)
-    ):
-        return 0
-    exact = dtype in (torch.float32, torch.float64)
-    if torch_compat.has_mkl_on_intel():
-        chosen = torch_compat.has_fast_products(dtype) if not exact else group_size > 1 or not several_threads
-        return sys.maxsize if chosen else 0
-    if several_threads or not exact:
+    exact = dtype == accumulation_dtype(dtype)
+    if keeps_bits(head_dim, value_dim, dtype, scale):
+        return 0 if exact and group_size == 1 and several_threads else sys.maxsize
+    other_maker = not torch_compat.has_mkl_on_intel()
+    if not (exact and other_maker and _fused_runs(head_dim, value_dim, scale)) or several_threads:
         return 0
     shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
     return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)
