@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.appending import Attend, InBlocksOfKeys, attend_prompts, one_by_one, suits
+from fastattn.models.appending import Attend, attend_prompts, of_whole_caches, one_by_one, suits
 from fastattn.models.checks import check_range
 from fastattn.models.decodable import Decodable
 from fastattn.models.decoder_inputs import count_positions, embedding_scale
@@ -72,11 +72,10 @@ class GPTDecoder:
     ) -> None:
         self.model, self.invariant = model, batch_invariant
         device = model.wte.weight.device
-        self.in_blocks = (
-            batch_invariant
-            and device.type == "cpu"
-            and all(suits(cast(MultiHeadAttention, block.attn)) for block in model.h)
-        )
+        attentions = [cast(MultiHeadAttention, block.attn) for block in model.h]
+        suited = device.type == "cpu" and all(map(suits, attentions))
+        self.in_blocks = suited and batch_invariant
+        self.masks = suited and not batch_invariant and not any(attn.softcap for attn in attentions)
         # (B, Hkv, C, D)
         self.cache = [
             (layer.keys, layer.values) for layer in model.new_cache(batch, self._room_for(capacity))
@@ -93,7 +92,7 @@ class GPTDecoder:
 
     def _room_for(self, capacity: int) -> int:
         """Tokens of each sequence that the caches are made for."""
-        return whole_blocks(capacity) if self.in_blocks else capacity
+        return whole_blocks(capacity) if self.in_blocks or self.masks else capacity
 
     def _make_positions(self, count: int) -> None:
         """What the first `count` positions of a sequence add to tokens, and the angles that they turn keys by."""
@@ -157,7 +156,7 @@ class GPTDecoder:
         if self.invariant:
             attend = one_by_one([self._appending(self.lengths + i) for i in range(count)])
         else:
-            attend = self._appending(self.lengths)
+            attend = self._appending(self.lengths, count)
         logits = self._logits(self._through_blocks(x.flatten(0, 1), count, attend))
         self.lengths += count
         return logits.unflatten(0, tuple(tokens.shape))
@@ -293,11 +292,13 @@ class GPTDecoder:
         cos, sin = self.rotary[kind]
         return cos[places], sin[places]
 
-    def _appending(self, lengths: Tensor) -> Attend:
-        """The attention of a token behind each sequence."""
-        if self.in_blocks:
-            table = torch.arange(len(lengths), device="cpu")[:, None]  # a page for each sequence
-            return InBlocksOfKeys(self.cache, lengths, table, self.rotary, self.kinds)
+    def _appending(self, lengths: Tensor, count: int = 1) -> Attend:
+        """The attention of `count` tokens behind each sequence."""
+        if self.in_blocks or (self.masks and count == 1):
+            invariant = self.in_blocks
+            common = of_whole_caches(self.cache, lengths, self.rotary, self.kinds, invariant=invariant)
+            if common is not None:
+                return common
 
         def append(attn: MultiHeadAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             table = self.rotary.get(self.kinds[layer], (None, None))

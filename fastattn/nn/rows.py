@@ -138,10 +138,24 @@ def _one_by_one(weight: Tensor, bias: Tensor | None) -> Rows:
     )
 
 
+def _vectors(weight: Tensor, bias: Tensor | None) -> Rows:
+    """The product of the weight with each row as a vector: torch has a faster one in bfloat16 on some processors."""
+
+    def product(x: Tensor) -> Tensor:
+        rows = x.unbind()
+        if not rows:
+            return F.linear(x, weight, bias)
+        found = [torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in rows]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
+
+    return product
+
+
 PRODUCTS: dict[str, Callable[[Tensor, Tensor | None], Rows]] = {
     "linear": _linear,  # torch's, or oneDNN's where that is faster
     "packed": _packed,
     "one by one": _one_by_one,
+    "vectors": _vectors,
 }
 
 

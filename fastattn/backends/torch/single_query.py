@@ -179,6 +179,14 @@ def keeps_bits(head_dim: int, value_dim: int, dtype: torch.dtype, scale: float) 
     )
 
 
+def has_fast_masks(dtype: torch.dtype) -> bool:
+    """Whether torch's fused kernel, which runs one query under a mask of the keys, is fast in a dtype."""
+    if not torch_compat.has_cpu_flash_attention(backward=False):
+        return False
+    exact = dtype == accumulation_dtype(dtype)
+    return exact or (torch_compat.has_mkl_on_intel() and torch_compat.has_fast_products(dtype))
+
+
 def _fused_runs(head_dim: int, value_dim: int, scale: float) -> bool:
     of_kernel = head_dim == value_dim and head_dim % 8 == 0 and scale > 0
     return of_kernel and torch_compat.has_cpu_flash_attention(backward=False)
