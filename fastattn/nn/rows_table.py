@@ -15,8 +15,8 @@ FASTEST: dict[str, dict[str, tuple[tuple[int | None, str], ...]]] = {
         "float16": ((None, "linear"),),
     },
     "AVX512+VNNI, Intel": {
-        "float32": ((1, "one by one"), (None, "packed")),
-        "bfloat16": ((None, "packed"),),
-        "float16": ((None, "linear"),),
+        "float32": ((1, "vectors"), (None, "packed")),
+        "bfloat16": ((1, "vectors"), (None, "packed")),
+        "float16": ((1, "one by one"), (None, "linear")),
     },
 }
