@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -18,7 +18,7 @@ from fastattn.models.fields import flag, one_of, or_none
 from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.modes import evaluating
-from fastattn.nn.unpadding import Tokens
+from fastattn.nn.unpadding import Tokens, tokens_at_a_time
 from fastattn.ops.arguments import is_integer
 
 POOLINGS = ("mean", "cls", "max")
@@ -107,7 +107,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         self,
         texts: str | Sequence[str],
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
     ) -> Tensor:
@@ -115,7 +115,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
 
         Args:
             texts: one or several, tokenised by the folder's tokenizer.json and cut to `max_seq_length` tokens.
-            batch_size: texts at a time, those of similar lengths together.
+            batch_size: texts at a time, those of similar lengths together; None = as many as have 2,048 tokens together
+                on a CPU, whose caches hold what they become, and 8,192 on a GPU.
             prompt_name: which of `prompts` to put in front of each text; `default_prompt_name` by default.
             prompt: what to put in front instead.
 
@@ -131,8 +132,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         for index, text in enumerate(listed):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{index}]: got {type(text).__name__}, needs str")
-        if not is_integer(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer")
+        if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
+            raise ValueError(f"batch_size: got {batch_size!r}, needs a positive integer or None")
         prepared = self.prepared(cast("list[str]", listed), prompt_name=prompt_name, prompt=prompt)
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(prepared)]
         device = self.bert.embeddings.word_embeddings.weight.device
@@ -140,8 +141,8 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         out = torch.empty(len(ids), self.config.hidden_size, device=device, dtype=dtype)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         with evaluating(self):
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for part in _batches([len(ids[i]) for i in order], batch_size, tokens_at_a_time(device)):
+                chosen = order[part]
                 batch, mask = _padded([ids[i] for i in chosen], self.config.pad_token_id or 0)
                 embeddings = self(batch.to(device), None if mask is None else mask.to(device)).embeddings
                 out[torch.tensor(chosen, device=device)] = embeddings
@@ -340,6 +341,19 @@ def _read_pooling(path: Path) -> str:
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _batches(lengths: Sequence[int], size: int | None, most_tokens: int) -> Iterator[slice]:
+    """Slices of texts with these numbers of tokens: `size` in each, or as many as have `most_tokens` together."""
+    start = 0
+    while start < len(lengths):
+        stop = start + (size or 1)
+        if size is None:
+            total = lengths[start]
+            while stop < len(lengths) and (total := total + lengths[stop]) <= most_tokens:
+                stop += 1
+        yield slice(start, stop)
+        start = stop
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,12 @@ from fastattn.ops.varlen import attention_varlen
 Window = tuple[int, int]
 
 
+def tokens_at_a_time(device: torch.device) -> int:
+    """How many tokens of many texts an encoder reads at a time; on a CPU its caches should hold what becomes of them."""
+    return 2048 if device.type == "cpu" else 8192
+
+
+
 @dataclass
 class Tokens:
     """The positions of the T tokens of a batch (B, S); `Tokens.of` makes it from a mask.

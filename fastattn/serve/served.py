@@ -22,6 +22,7 @@ from fastattn.data.vocabulary import check_vocabulary
 from fastattn.generation.options import Options
 from fastattn.generation.stopping import special_tokens
 from fastattn.models import GPT, EncoderDecoder, families
+from fastattn.nn.unpadding import tokens_at_a_time
 from fastattn.serve.encoders import EncoderWorker
 from fastattn.serve.engine import Engine, TargetEngine
 from fastattn.serve.grammar import Grammars
@@ -32,7 +33,6 @@ from fastattn.tasks.batches import max_tokens
 from fastattn.text_generation import vocabularies
 
 Result = TypeVar("Result")
-BATCH_TOKENS = {"cpu": 2048, "gpu": 8192}  # of an encoder, where options name none
 
 
 @dataclass(eq=False)
@@ -166,7 +166,7 @@ def load_one(name: str, folder: Path, options: ServeOptions) -> Decoder | Encode
     model = _placed(model, options)
     batch_tokens = options.batch_tokens
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS["cpu" if next(model.parameters()).is_cpu else "gpu"]
+        batch_tokens = tokens_at_a_time(next(model.parameters()).device)
     worker = EncoderWorker(task, model, tokenizer, batch_tokens, options.max_queue)
     core = type(tokenizer.core).from_str(tokenizer.core.to_str())
     return Encoder(name, task, model, worker, core)

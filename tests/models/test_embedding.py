@@ -9,7 +9,7 @@ import torch
 from tokenizers import models as token_models
 from tokenizers import pre_tokenizers, processors
 
-from fastattn.models import BertConfig, BertForEmbedding, load
+from fastattn.models import BertConfig, BertForEmbedding, embedding, load
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "query", *(f"w{i}" for i in range(50))]
 LEGACY = ("pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens")
@@ -70,6 +70,7 @@ def test_encode_gives_each_text_its_vector_whatever_the_batch(pooling, normalize
     with torch.no_grad():
         expected = torch.stack([by_hand(model, line, pooling, normalize) for line in lines])
         torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(model.encode(lines), expected)
         torch.testing.assert_close(model.encode(lines[3]), expected[3])
         asked = by_hand(model, lines[1], pooling, normalize, "query ")
         torch.testing.assert_close(model.encode(lines[1], prompt_name="search"), asked)
@@ -176,6 +177,25 @@ def test_what_is_not_computed_is_refused_by_name(file, content, message, tmp_pat
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         BertForEmbedding.from_pretrained(tmp_path)
+
+
+def test_a_batch_has_so_many_tokens_or_one_text(tmp_path, monkeypatch):
+    """Where no number of texts is named; the longest texts come first."""
+    folder_of(tmp_path)
+    model = BertForEmbedding.from_pretrained(tmp_path)
+    monkeypatch.setattr(embedding, "tokens_at_a_time", lambda device: 11)
+    seen = []
+    real = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, mask: seen.append(ids.ne(0).sum(1).tolist()) or real(ids, mask)
+    )
+    lines = [" ".join(["w1"] * n) for n in (3, 10, 1, 2, 1, 1)]  # and two tokens around each
+    assert model.encode(lines).shape == (6, model.config.hidden_size)
+    assert seen == [[12], [5, 4], [3, 3, 3]]
+    seen.clear()
+    model.encode(lines, batch_size=4)
+    assert [len(each) for each in seen] == [4, 2]
+    assert model.encode([]).shape == (0, model.config.hidden_size)
 
 
 def test_bad_arguments(tmp_path):
