@@ -181,6 +181,8 @@ def test_an_error_names_a_text_by_its_number_in_the_request() -> None:
 
 
 def test_fewer_tokens_at_a_time_on_a_cpu(client: Any) -> None:
+    import torch
+
     from fastattn.nn.unpadding import tokens_at_a_time
 
     assert client.app.state.models["embed"].worker.batch_tokens == tokens_at_a_time(torch.device("cpu"))

@@ -91,14 +91,17 @@ def _single_query_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool
     if in_products:
         k_strides, v_strides = (single_query.merged(t).stride() for t in (call.key, call.value))
     most_fused = _most_fused_keys(spec, num_kv_heads, scale)
+    flash = torch_compat.cpu_flash_kernel()
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         lse: Tensor | None
-        if seqlen <= most_fused[torch.get_num_threads() > 1]:
+        several = torch.get_num_threads() > 1
+        if seqlen <= most_fused[several]:
             rows = query if group_size == 1 else query.reshape(folded_shape)
-            out, lse = single_query.fused_rows(rows, key, value, scale)
+            kernel = single_query.fused_rows if several and groups == 1 else flash
+            out, lse = kernel(rows, key, value, scale=scale)
             if fused.is_regular(lse):
-                out = out.reshape(shape)
+                out = out if group_size == 1 else out.reshape(shape)
                 lse = lse.reshape(batch, num_heads, 1).contiguous() if wants_lse else None
                 return (out if out.stride() == strides else in_order(out, query)), lse
         elif in_products:
@@ -232,13 +235,14 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
     scale, new_keys, group_size, value_dim = call.scale, call.new_keys, spec.group_size, spec.value_dim
     num_kv_heads = num_heads // group_size
     most_fused = _most_fused_keys(spec, num_kv_heads, scale) if count == 1 else (0, 0)
+    flash = torch_compat.cpu_flash_kernel()
     k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
     k_step, v_step = k_strides[2], v_strides[2]
     groups = batch * num_kv_heads
     queries, shape = (groups, group_size * count, dim), (batch, num_heads, count, value_dim)
     folded_shape = (batch, num_kv_heads, group_size, dim)
     k_added, v_added = (batch, num_kv_heads, new_keys, dim), (batch, num_kv_heads, new_keys, value_dim)
-    contiguous, strides = call.query.is_contiguous(), strides_in_order(call.query.stride(), shape)
+    contiguous = call.query.is_contiguous()
     one = single_query.batch_merges(call.k_cache) and single_query.batch_merges(call.v_cache)
     # one matrix for each key/value head
     k_matrix, v_matrix = (
@@ -259,14 +263,17 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
             v_place = v_cache.as_strided(v_added, v_strides, v_cache.storage_offset() + start * v_step)
             copy((k_place, v_place), (key, value))
         lse: Tensor | None
-        if total <= most_fused[torch.get_num_threads() > 1]:
+        several = torch.get_num_threads() > 1
+        if total <= most_fused[several]:
             folded = query if group_size == 1 else query.reshape(folded_shape)
             keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
             values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
-            out, lse = single_query.fused_rows(folded, keys, values, scale)
+            kernel = single_query.fused_rows if several and groups == 1 else flash
+            out, lse = kernel(folded, keys, values, scale=scale)
             if fused.is_regular(lse):
-                out = out.reshape(shape)
-                if out.stride() != strides:
+                if group_size > 1:
+                    out = out.reshape(shape)
+                if not contiguous:  # as out is, of one query
                     out = in_order(out, query)
                 return (out, lse.reshape(batch, num_heads, 1).contiguous()) if return_lse else out
         elif (
