@@ -160,7 +160,7 @@ def fused_rows(
         mask: additive, (B, 1, 1, S) in the dtype of the rows; None = none.
     """
     batch, num_kv_heads = rows.shape[:2]
-    if batch * num_kv_heads > 1 or torch.get_num_threads() == 1:
+    if batch * num_kv_heads != 1 or torch.get_num_threads() == 1:
         return torch_compat.cpu_flash_attention(rows, key, value, False, mask, scale)
     # MKL would share the product of a lone matrix among all threads
     q, k, v = (t.expand(2, -1, -1, -1) for t in (rows, key, value))
