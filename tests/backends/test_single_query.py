@@ -121,6 +121,19 @@ def test_no_shape_depends_on_its_batch(
             assert all(torch.equal(x[mine], y) for x, y in zip(together, alone)), b
 
 
+@pytest.mark.usefixtures("maker")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_sequences(dtype: torch.dtype, threads: int) -> None:
+    """Also by a plan, and of one head."""
+    for kv_heads, group in ((1, 8), (2, 1), (2, 4)):
+        k, v = caches(0, kv_heads, 9, 64, dtype)
+        query = torch.randn(0, kv_heads * group, 1, 64).to(dtype)
+        for _ in range(3):
+            out, lse = attend(query, k, v, [])
+            assert (out.shape, lse.shape) == (query.shape, query.shape[:3])
+            assert fastattn.attention(query, k, v, backend="torch").shape == query.shape
+
+
 def test_lse_changes_no_bit_of_out(threads: int) -> None:
     torch.manual_seed(0)
     for kv_heads, group, dim, length in SHAPES:
