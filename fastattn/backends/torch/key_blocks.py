@@ -84,9 +84,8 @@ class KeyBlocks:
         self.back = torch.from_numpy(np.argsort(order))
         self.results_in_order = _is_sorted(order)
         self.queries_in_order = _is_sorted(of[self.stored.order])
-        self._mask: Tensor | None = (
-            None  # additive, of `hidden` in the order of `stored`, in the last call's dtype
-        )
+        # additive, of `hidden` in the order of `stored`, in the last call's dtype
+        self._mask: Tensor | None = None
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, softcap: float | None
@@ -120,14 +119,13 @@ class KeyBlocks:
         return queries.to(dtype).reshape(self.count * self.heads, queries.shape[1] // self.heads, -1)
 
     def _by_kernel(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """(N, H, Dv), in the order of `_over_blocks`, by torch's fused kernel; sequences in which it is wrong by
-        products."""
+        """(N, H, Dv), in the order of `_over_blocks`, by torch's fused kernel, and by products for sequences in which
+        that is wrong."""
         rows = self._of_blocks(queries, queries.dtype).unflatten(0, (self.count, self.heads))
         out, lse = self._fused(rows, keys, values, scale, with_rest=True)
         wrong = None
-        if not (
-            is_regular(lse) and math.isfinite(out.sum().item())
-        ):  # by what no key of a sequence may be in its block
+        if not (is_regular(lse) and math.isfinite(out.sum().item())):
+            # what no key of a sequence is may be in its blocks
             out, lse = self._fused(rows, keys, values, scale, with_rest=False)
             wrong = self._over_blocks((lse == 0) | ~lse.isfinite(), torch.logical_or)  # (N, H)
         if len(self.levels) > 1:
