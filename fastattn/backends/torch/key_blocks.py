@@ -125,7 +125,7 @@ class KeyBlocks:
         out, lse = self._fused(rows, keys, values, scale, with_rest=True)
         wrong = None
         if not (is_regular(lse) and math.isfinite(out.sum().item())):
-            # what no key of a sequence is may be in its blocks
+            # what a block holds besides its sequence's keys may not be finite
             out, lse = self._fused(rows, keys, values, scale, with_rest=False)
             wrong = self._over_blocks((lse == 0) | ~lse.isfinite(), torch.logical_or)  # (N, H)
         if len(self.levels) > 1:
