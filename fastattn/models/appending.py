@@ -13,9 +13,8 @@ from fastattn.nn.positions import RotaryTable, apply_rotary
 from fastattn.ops.attention import attention
 from fastattn.ops.key_blocks import KeyBlocks, has_fast_masks, whole_blocks
 
-CALL_BYTES = (
-    2**19
-)  # of keys and values, which are read in the time that a call of one sequence takes to start
+# bytes of keys and values that are read in the time that a call of one sequence takes to start
+CALL_BYTES = 2**19
 
 # (layer's attention, number of the layer, q, k, v) -> the heads' outputs, all (N, heads, S, D)
 Attend = Callable[[MultiHeadAttention, int, Tensor, Tensor, Tensor], Tensor]
@@ -134,7 +133,7 @@ def mask_pays(lengths: Sequence[int], cache: Tensor) -> bool:
     """Whether sequences of unequal lengths with caches (N, Hkv, C, D) are faster `UnderAMask` than in a call for each:
     the keys that it reads in vain take less time than the calls."""
     count, heads, capacity, dim = cache.shape
-    if count < 2 or min(lengths) == max(lengths) or not has_fast_masks(cache.dtype):
+    if count < 2 or min(lengths) == max(lengths) or not has_fast_masks(dim, cache.dtype):
         return False
     in_vain = count * keys_under_a_mask(lengths, capacity) - sum(lengths)
     return 2 * heads * dim * cache.element_size() * in_vain <= count * CALL_BYTES

@@ -116,7 +116,7 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         Args:
             texts: one or several, tokenised by the folder's tokenizer.json and cut to `max_seq_length` tokens.
             batch_size: texts at a time, those of similar lengths together; None = as many as have 2,048 tokens together
-                on a CPU, whose caches hold what they become, and 8,192 on a GPU.
+                on a CPU, whose caches hold the activations of so many, and 8,192 on a GPU.
             prompt_name: which of `prompts` to put in front of each text; `default_prompt_name` by default.
             prompt: what to put in front instead.
 

@@ -16,7 +16,7 @@ Window = tuple[int, int]
 
 
 def tokens_at_a_time(device: torch.device) -> int:
-    """How many tokens of many texts an encoder reads at a time: on a CPU what becomes of them should fit its caches."""
+    """How many tokens of many texts an encoder reads at a time: on a CPU their activations should fit its caches."""
     return 2048 if device.type == "cpu" else 8192
 
 

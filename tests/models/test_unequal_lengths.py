@@ -89,6 +89,7 @@ def test_when_a_mask_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mask_pays([1023, 1023, 1023, 1024 - most + 3], large)
     assert not mask_pays([1023, 1023, 1023, 1024 - most + 2], large)
     assert mask_pays([9, 8], torch.zeros(2, 2, 64, 16, dtype=torch.float64))
+    assert not mask_pays([9, 8], torch.zeros(2, 2, 64, 12))  # a head dim that the kernel does not take
     for fast in (False, True):
         monkeypatch.setattr(torch_compat, "has_mkl_on_intel", lambda: True)
         monkeypatch.setattr(torch_compat, "has_fast_products", lambda dtype, fast=fast: fast)

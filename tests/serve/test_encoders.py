@@ -186,3 +186,4 @@ def test_fewer_tokens_at_a_time_on_a_cpu(client: Any) -> None:
     from fastattn.nn.unpadding import tokens_at_a_time
 
     assert client.app.state.models["embed"].worker.batch_tokens == tokens_at_a_time(torch.device("cpu"))
+    assert tokens_at_a_time(torch.device("cpu")) < tokens_at_a_time(torch.device("cuda"))

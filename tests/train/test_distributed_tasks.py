@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,12 +83,15 @@ def run_processes(folder: Path, world: int) -> None:
         command = [sys.executable, str(WORKER), str(folder), str(world)]
         with path.open("w") as stderr:
             ranks.append(subprocess.Popen(command, env=env | (several if world > 1 else {}), stderr=stderr))
+    until = time.monotonic() + 280
     try:
-        codes = [process.wait(timeout=280) for process in ranks]
+        for process in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed, and its exit status says so
+                process.wait(timeout=max(0.0, until - time.monotonic()))
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+        codes = [process.wait() for process in ranks]
     shown = [f"process {rank}, exit {code}:\n{path.read_text()[-3000:]}" for rank, (code, path) in
              enumerate(zip(codes, errors, strict=True))]  # fmt: skip
     assert not any(codes), "\n".join(shown)

@@ -8,7 +8,6 @@ the blocks of a sequence add up to is summed in their order.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -109,8 +108,7 @@ class KeyBlocks:
     def _runs_kernel(self, query: Tensor, values: Tensor, scale: float) -> bool:
         group, dim, value_dim = query.shape[1] // self.heads, query.shape[3], values.shape[3]
         several = torch.get_num_threads() > 1
-        most = single_query.most_fused_keys(self.heads, group, dim, value_dim, query.dtype, scale, several)
-        return most == sys.maxsize and single_query.keeps_bits(dim, value_dim, query.dtype, scale)
+        return single_query.keeps_bits(group, dim, value_dim, query.dtype, scale, several)
 
     def _of_blocks(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, H, D) as (M * Hkv, group, D), the queries of each block in the order of `_Stored`."""

@@ -153,8 +153,7 @@ def fused_rows(
     """(out, lse) of rows (B, Hkv, n, D), which all see every key, by torch's fused kernel: (B, Hkv, n, D) and
     (B, Hkv, n). A row that is not regular may be wrong.
 
-    The bits of a sequence are those that it has alone where `keeps_bits`, except of one float32 row with several
-    threads.
+    The bits of a sequence are those that it has alone where `keeps_bits`.
 
     Args:
         mask: additive, (B, 1, 1, S) in the dtype of the rows; None = none.
@@ -169,22 +168,26 @@ def fused_rows(
     return out[:1], lse[:1]
 
 
-def keeps_bits(head_dim: int, value_dim: int, dtype: torch.dtype, scale: float) -> bool:
-    """Whether torch's fused kernel runs one query's products where they have the same bits at any place of a batch, as
-    those that MKL makes for its maker's processors do, and their error is within the rule."""
-    return (
-        torch_compat.has_mkl_on_intel()
-        and _fused_runs(head_dim, value_dim, scale)
-        and (dtype == accumulation_dtype(dtype) or torch_compat.has_fast_products(dtype))
-    )
+def keeps_bits(
+    group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, scale: float, several_threads: bool
+) -> bool:
+    """Whether `fused_rows` gives a sequence the bits that it has alone, within the error rule, and is fast.
 
-
-def has_fast_masks(dtype: torch.dtype) -> bool:
-    """Whether torch's fused kernel, which runs one query under a mask of the keys, is fast in a dtype."""
-    if not torch_compat.has_cpu_flash_attention(backward=False):
+    So it is by the products that MKL makes for its maker's processors: for rows that share a key/value head, for one row
+    in 16 bits, and for one in float32 with one thread.
+    """
+    if not torch_compat.has_mkl_on_intel() or not _fused_runs(head_dim, value_dim, scale):
         return False
+    if dtype != accumulation_dtype(dtype):
+        return torch_compat.has_fast_products(dtype)
+    return group_size > 1 or not several_threads
+
+
+def has_fast_masks(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether one query under a mask of the keys runs in torch's fused kernel, and that is fast in a dtype."""
     exact = dtype == accumulation_dtype(dtype)
-    return exact or (torch_compat.has_mkl_on_intel() and torch_compat.has_fast_products(dtype))
+    fast = exact or (torch_compat.has_mkl_on_intel() and torch_compat.has_fast_products(dtype))
+    return fast and _fused_runs(head_dim, head_dim, 1.0)
 
 
 def _fused_runs(head_dim: int, value_dim: int, scale: float) -> bool:
@@ -274,11 +277,11 @@ def most_fused_keys(
 ) -> int:
     """The most keys for which torch's fused kernel runs; 0 where its error may be too large, or a sequence's bits would
     depend on the batch. Independent of the batch size."""
+    if torch_compat.has_mkl_on_intel():
+        kept = keeps_bits(group_size, head_dim, value_dim, dtype, scale, several_threads)
+        return sys.maxsize if kept else 0
     exact = dtype == accumulation_dtype(dtype)
-    if keeps_bits(head_dim, value_dim, dtype, scale):
-        return 0 if exact and group_size == 1 and several_threads else sys.maxsize
-    other_maker = not torch_compat.has_mkl_on_intel()
-    if not (exact and other_maker and _fused_runs(head_dim, value_dim, scale)) or several_threads:
+    if several_threads or not exact or not _fused_runs(head_dim, value_dim, scale):
         return 0
     shared = group_size > 1 and head_dim < KEYS_FIRST_MIN_DIM
     return sys.maxsize if shared else FEW_ELEMENTS // (num_kv_heads * head_dim)

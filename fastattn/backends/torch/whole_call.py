@@ -98,6 +98,7 @@ def _single_query_plan(spec: AttentionSpec, call: AttentionCall, wants_lse: bool
         several = torch.get_num_threads() > 1
         if seqlen <= most_fused[several]:
             rows = query if group_size == 1 else query.reshape(folded_shape)
+            # without the function around the kernel, which small calls notice, but for a lone matrix
             kernel = single_query.fused_rows if several and groups == 1 else flash
             out, lse = kernel(rows, key, value, scale=scale)
             if fused.is_regular(lse):
@@ -268,6 +269,7 @@ def kv_cache_fwd_plan(spec: AttentionSpec, call: KVCacheCall, return_lse: bool) 
             folded = query if group_size == 1 else query.reshape(folded_shape)
             keys = k_cache.as_strided((batch, num_kv_heads, total, dim), k_strides)
             values = v_cache.as_strided((batch, num_kv_heads, total, value_dim), v_strides)
+            # without the function around the kernel, which small calls notice, but for a lone matrix
             kernel = single_query.fused_rows if several and groups == 1 else flash
             out, lse = kernel(folded, keys, values, scale=scale)
             if fused.is_regular(lse):
