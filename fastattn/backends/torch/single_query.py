@@ -173,8 +173,8 @@ def keeps_bits(
 ) -> bool:
     """Whether `fused_rows` gives a sequence the bits that it has alone, within the error rule, and is fast.
 
-    So it is by the products that MKL makes for its maker's processors: for rows that share a key/value head, for one row
-    in 16 bits, and for one in float32 with one thread.
+    So it is by the products that MKL makes for its maker's processors: for rows that share a key/value head, for one
+    row in 16 bits, and for one in float32 with one thread.
     """
     if not torch_compat.has_mkl_on_intel() or not _fused_runs(head_dim, value_dim, scale):
         return False
