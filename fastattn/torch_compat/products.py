@@ -28,6 +28,23 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return supported is not None and bool(supported())
 
 
+_matrix_instructions: Any = find("torch.cpu._is_amx_tile_supported")
+
+
+@functools.cache
+def has_matrix_instructions() -> bool:
+    """Whether oneDNN multiplies matrices of bfloat16 by instructions for matrices (AMX), several times as fast as
+    float32 ones.
+
+    Fallback: False, and callers widen their operands where that is as fast.
+    """
+    return (
+        _matrix_instructions is not None
+        and has_fast_products(torch.bfloat16)
+        and bool(_matrix_instructions())
+    )
+
+
 _onednn_linear: Any = find("torch.ops.mkldnn._linear_pointwise")
 _HAS_ONEDNN = _onednn_linear is not None and torch.backends.mkldnn.is_available()
 

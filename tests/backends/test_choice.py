@@ -18,7 +18,7 @@ from torch import Tensor
 import fastattn
 from fastattn import backends, spec, torch_compat
 from fastattn.backends import switches
-from fastattn.backends.torch.dense import NARROW_FUSED_BWD_MIN_KEYS
+from fastattn.backends.torch.dense import fused_bwd_min_keys
 from fastattn.backends.torch.whole_rows import ELEMENTS
 from fastattn.integrations import flash_attn
 from fastattn.ops import plan
@@ -87,7 +87,7 @@ def test_a_backward_that_runs_elsewhere_says_why(monkeypatch: pytest.MonkeyPatch
     assert fastattn.explain(*qkv()).backward is None
 
 
-FEW = NARROW_FUSED_BWD_MIN_KEYS - 1
+FEW = {dtype: fused_bwd_min_keys(dtype) - 1 for dtype in (torch.bfloat16, torch.float16)}
 IDS = torch.zeros(2, 5, dtype=torch.int32)
 ROWS, FUSED_CPU, BLOCKS = (
     "softmax of whole rows in torch operations",
@@ -96,10 +96,10 @@ ROWS, FUSED_CPU, BLOCKS = (
 )
 ON_CPU: dict[str, tuple[dict[str, Any], torch.dtype, str, str]] = {
     "plain": ({}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} up to {FEW} keys, beyond {FUSED_CPU}"),
+    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} up to {FEW[torch.bfloat16]} keys"),
     "dropout": ({"dropout_p": 0.1}, torch.float32, f"{ROWS} up to {ELEMENTS // 2} weights", ROWS),
     "segments": ({"segment_ids": IDS}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} up to {FEW} keys"),
+    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} up to {FEW[torch.float16]} keys"),
     "segments, dropout": (
         {"segment_ids": IDS, "dropout_p": 0.1}, torch.float32,
         f"{ROWS} up to {ELEMENTS} weights of all heads in a run of a segment, beyond {BLOCKS}",

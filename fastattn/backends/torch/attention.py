@@ -17,9 +17,9 @@ from fastattn.backends.torch import ragged_query, segmented, single_query, whole
 from fastattn.backends.torch.blockwise import RowStatistics, blockwise_rows, blockwise_tile_bwd
 from fastattn.backends.torch.dense import (
     FUSED_BWD_MIN_KEYS,
-    NARROW_FUSED_BWD_MIN_KEYS,
     additive,
     dense_bwd,
+    fused_bwd_min_keys,
     prefers_whole_rows_bwd,
     runs_dense,
 )
@@ -65,7 +65,7 @@ def tiles(spec: AttentionSpec) -> str:
     narrow_bwd = spec.backward and spec.dtype.itemsize < 4
     if not (spec.dropout or narrow_bwd):
         return usual
-    most = f"{NARROW_FUSED_BWD_MIN_KEYS - 1} keys"
+    most = f"{fused_bwd_min_keys(spec.dtype) - 1} keys and {whole_rows.ELEMENTS // 2} weights of a key head"
     if segmented.can_run(spec):
         most = f"{whole_rows.ELEMENTS} weights of all heads in a run of a segment" if spec.dropout else most
     elif not whole_rows.may_run(spec):

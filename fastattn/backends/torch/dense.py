@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import torch_compat
+from fastattn.backends.torch.parts import COL_BLOCK
 from fastattn.backends.torch.whole_rows import minus_infinity
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype
 from fastattn.strides import in_order
@@ -16,6 +17,16 @@ FUSED_BWD_MIN_KEYS = 33  # fewer keys: dp and delta nearly cancel, so delta has 
 NARROW_FUSED_BWD_MIN_KEYS = 192
 
 
+def fused_bwd_min_keys(dtype: torch.dtype) -> int:
+    """The number of keys from which on a backward is torch's fused kernel's, where products of whole rows can run.
+
+    Products of bfloat16 by instructions for matrices are the faster ones for as many keys as whole rows may have.
+    """
+    if dtype == torch.bfloat16 and torch_compat.has_matrix_instructions():
+        return COL_BLOCK + 1
+    return FUSED_BWD_MIN_KEYS if dtype.itemsize > 2 else NARROW_FUSED_BWD_MIN_KEYS
+
+
 def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
     """Whether a backward is one of few keys under nothing but causality and a window."""
     more = spec.mask or spec.bias or spec.segments or spec.key_lengths or spec.alibi or spec.sinks
@@ -23,10 +34,10 @@ def runs_dense(spec: AttentionSpec, call: AttentionCall) -> bool:
 
 
 def prefers_whole_rows_bwd(spec: AttentionSpec, seqlen_k: int) -> bool:
-    """Whether float32 products of whole rows, or of whole runs of a segment, are the faster backward of some calls of
-    this many keys: of runs `short.fewer_keys_bwd` says which."""
+    """Whether products of whole rows, or of whole runs of a segment, are the faster backward of some calls of this many
+    keys: of runs `short.fewer_keys_bwd` says which."""
     return spec.dropout or (
-        spec.dtype.itemsize < 4 and (spec.segments or seqlen_k < NARROW_FUSED_BWD_MIN_KEYS)
+        spec.dtype.itemsize < 4 and (spec.segments or seqlen_k < fused_bwd_min_keys(spec.dtype))
     )
 
 

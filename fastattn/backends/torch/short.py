@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastattn.backends.torch.dense import FUSED_BWD_MIN_KEYS, NARROW_FUSED_BWD_MIN_KEYS
+from fastattn.backends.torch.dense import fused_bwd_min_keys
 from fastattn.backends.torch.dropout import kept_weights
-from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity, shared
+from fastattn.backends.torch.whole_rows import ELEMENTS, Matrices, minus_infinity, product_dtype, shared
 from fastattn.integers import cdiv
 from fastattn.philox import keep_scale
 from fastattn.spec import AttentionCall, AttentionSpec, VarlenCall, accumulation_dtype
@@ -118,9 +118,7 @@ class Group:
 
 def fewer_keys_bwd(spec: AttentionSpec) -> int | None:
     """The number of keys of a sequence from which on a backward is torch's fused kernel's; None = it is never."""
-    if spec.dropout:
-        return None
-    return FUSED_BWD_MIN_KEYS if spec.dtype.itemsize > 2 else NARROW_FUSED_BWD_MIN_KEYS
+    return None if spec.dropout else fused_bwd_min_keys(spec.dtype)
 
 
 def can_run(spec: AttentionSpec) -> bool:
@@ -172,8 +170,8 @@ def _places(bounds: Sequence[tuple[int, int]], length: int) -> Places:
     return Places(tokens, inside, flat, tokens.flatten()[flat])
 
 
-def _matrices(given: Sequences, group: Group) -> Matrices:
-    call, dtype = given.call, accumulation_dtype(given.query.dtype)
+def _matrices(given: Sequences, group: Group, dtype: torch.dtype) -> Matrices:
+    call = given.call
     count, num_rows = group.rows.tokens.shape
     num_heads, num_kv_heads = given.query.shape[1], given.key.shape[1]
     num_cols = group.cols.tokens.shape[1]
@@ -182,20 +180,20 @@ def _matrices(given: Sequences, group: Group) -> Matrices:
     keep = given.keep(group.numbers, num_rows, num_cols)
     if keep is not None:
         keep = shared("keep", keep.shape, dtype).copy_(keep).view(count * num_kv_heads, -1, num_cols)
-    query = _rows(given, group, given.query)
+    query = _rows(given, group, given.query, dtype)
     heads = count, num_heads
     return Matrices(query, key, value, call.scale, heads, hidden, keep, keep_scale(call.dropout_p))
 
 
-def _rows(given: Sequences, group: Group, tokens: Tensor) -> Tensor:
-    """(T, H, n) -> (count * Hkv, group * Sq, n) in the accumulation dtype."""
-    gathered = group.rows.padded(tokens, accumulation_dtype(given.query.dtype))
+def _rows(given: Sequences, group: Group, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, H, n) -> (count * Hkv, group * Sq, n)."""
+    gathered = group.rows.padded(tokens, dtype)
     return gathered.view(gathered.shape[0] * given.key.shape[1], -1, tokens.shape[2])
 
 
-def _gradients_of_rows(given: Sequences, group: Group, tokens: Tensor) -> Tensor:
+def _gradients_of_rows(given: Sequences, group: Group, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """The same, and 0 in the rows beyond a sequence."""
-    gathered = _rows(given, group, tokens)
+    gathered = _rows(given, group, tokens, dtype)
     if (inside := group.rows.inside) is not None:
         _by_head(group, given.query.shape[1], gathered).masked_fill_(~inside[:, None, :, None], 0)
     return gathered
@@ -208,7 +206,7 @@ def _by_head(group: Group, num_heads: int, matrices: Tensor) -> Tensor:
 
 def forward(given: Sequences, group: Group) -> tuple[Tensor, Tensor]:
     """(out (count, H, Sq, Dv), lse (count, H, Sq)) in the accumulation dtype; rows beyond a sequence hold anything."""
-    out, lse = _matrices(given, group).forward()
+    out, lse = _matrices(given, group, accumulation_dtype(given.query.dtype)).forward()
     out = _by_head(group, given.query.shape[1], out)
     return out, lse.view(out.shape[:3])
 
@@ -216,11 +214,12 @@ def forward(given: Sequences, group: Group) -> tuple[Tensor, Tensor]:
 def backward(
     given: Sequences, group: Group, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq (count, H, Sq, D), dk (count, Hkv, Sk, D), dv (count, Hkv, Sk, Dv)) in the accumulation dtype, of gradients
-    (T, H, Dv) and (H, T)."""
-    douts = _gradients_of_rows(given, group, dout)
-    dlses = None if dlse is None else _gradients_of_rows(given, group, dlse.T[:, :, None])
-    dq, dk, dv = _matrices(given, group).backward(douts, dlses)
+    """(dq (count, H, Sq, D), dk (count, Hkv, Sk, D), dv (count, Hkv, Sk, Dv)) in the dtype of the products, of
+    gradients (T, H, Dv) and (H, T)."""
+    dtype = product_dtype(given.query.dtype, group.rows.tokens.shape[1], dlse is not None)
+    douts = _gradients_of_rows(given, group, dout, dtype)
+    dlses = None if dlse is None else _gradients_of_rows(given, group, dlse.T[:, :, None], dtype)
+    dq, dk, dv = _matrices(given, group, dtype).backward(douts, dlses)
     num_heads, num_kv_heads = given.query.shape[1], given.key.shape[1]
     return (
         _by_head(group, num_heads, dq), _by_head(group, num_kv_heads, dk), _by_head(group, num_kv_heads, dv),

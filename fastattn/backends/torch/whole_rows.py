@@ -25,6 +25,7 @@ from fastattn.strides import empty_in_order
 # Weights of matrices that run together: what stays in a core's cache. The operations of a matrix with more take longer
 # than starting them.
 ELEMENTS = 2**19
+NARROW_MIN_ROWS = 16  # of queries, from which on oneDNN computes products in 16 bits
 
 
 class _OfThread(threading.local):
@@ -69,9 +70,24 @@ def product(
     return torch.baddbmm(a[:1, :1, :1], a, b, beta=0, alpha=scale, out=out)
 
 
+def product_dtype(dtype: torch.dtype, rows: int, wants_lse: bool) -> torch.dtype:
+    """The dtype of a backward's products, and of its scores and weights: the accumulation dtype of operands of `dtype`.
+
+    bfloat16 itself where its products are several times as fast, which sum in float32: scores and weights are rounded
+    as the formula in bfloat16 rounds them. Not with a gradient of lse, whose products with the weights would be rounded
+    once more, nor for few rows, whose products are other code.
+
+    Args:
+        rows: of a matrix.
+        wants_lse: there is a gradient of lse.
+    """
+    narrow = dtype == torch.bfloat16 and rows >= NARROW_MIN_ROWS and not wants_lse
+    return dtype if narrow and torch_compat.has_matrix_instructions() else accumulation_dtype(dtype)
+
+
 @dataclass(frozen=True)
 class Matrices:
-    """What the products take, in the accumulation dtype.
+    """What the products take, in the accumulation dtype, or for `backward` in that of `product_dtype`.
 
     Args:
         query: (m, R, D), the R rows of the queries of a key/value head.
@@ -154,7 +170,7 @@ def attention_fwd(call: AttentionCall, first_sequence: int = 0) -> tuple[Tensor,
     shape = (*call.query.shape[:3], call.value.shape[3])
     out = empty_in_order(call.query, shape)
     lse = call.query.new_empty(shape[:3], dtype=accumulation_dtype(call.query.dtype))
-    for heads in _some_heads(call, first_sequence):
+    for heads in _some_heads(call, lse.dtype, first_sequence):
         out_rows, lse_rows = heads.matrices().forward()
         for total, rows in ((out, out_rows), (lse, lse_rows)):
             share = heads.of_queries(total)
@@ -167,7 +183,8 @@ def attention_bwd(
 ) -> AttentionGrads | None:
     """The gradients of a call that `can_run` and whose rows all see a key; None where some of them are not finite."""
     dq, dk, dv = (empty_in_order(t, tuple(t.shape)) for t in (call.query, call.key, call.value))
-    for heads in _some_heads(call, first_sequence):
+    dtype = product_dtype(call.query.dtype, call.query.shape[2], dlse is not None)
+    for heads in _some_heads(call, dtype, first_sequence):
         dlse_rows = None if dlse is None else heads.rows(dlse[..., None])
         of_rows, *of_cols = heads.matrices().backward(heads.rows(dout), dlse_rows)
         share = heads.of_queries(dq)
@@ -183,6 +200,7 @@ class _Heads:
     """Some key/value heads of some sequences of a call, and the query heads that they serve."""
 
     call: AttentionCall
+    dtype: torch.dtype  # of the products
     batch: slice
     kv_heads: slice
     hidden: Tensor | None  # of the call, from `_hidden`
@@ -203,12 +221,12 @@ class _Heads:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Their share of (B, H, Sq, n), as rows of matrices."""
-        share = self.of_queries(tensor).to(accumulation_dtype(self.call.query.dtype))
+        share = self.of_queries(tensor).to(self.dtype)
         return grouped(share, self.kv_heads.stop - self.kv_heads.start).flatten(0, 1)
 
     def matrices(self) -> Matrices:
         """What their products take."""
-        call, dtype = self.call, accumulation_dtype(self.call.query.dtype)
+        call, dtype = self.call, self.dtype
         key, value = (self.of_keys(t).to(dtype).flatten(0, 1) for t in (call.key, call.value))
         batch, num_heads = self.of_queries(call.query).shape[:2]
         return Matrices(
@@ -237,29 +255,29 @@ class _Heads:
         heads = (sequences * num_heads + torch.arange(num_heads, device="cpu")[self.query_heads]).flatten()
         rows, cols = range(seqlen_q), range(call.key.shape[2])
         keep = kept_weights(call.dropout_seed, heads, rows, cols, call.dropout_p)
-        floats = shared("keep", keep.shape, accumulation_dtype(call.query.dtype)).copy_(keep)
+        floats = shared("keep", keep.shape, self.dtype).copy_(keep)
         return floats.view(-1, call.group_size * seqlen_q, len(cols))
 
 
-def _some_heads(call: AttentionCall, first_sequence: int) -> Iterator[_Heads]:
+def _some_heads(call: AttentionCall, dtype: torch.dtype, first_sequence: int) -> Iterator[_Heads]:
     """All heads of all sequences: whole sequences while they are few weights, else some heads of one."""
-    hidden = _hidden(call)
+    hidden = _hidden(call, dtype)
     batch, num_kv_heads = call.key.shape[:2]
     most = max(ELEMENTS // (call.group_size * call.query.shape[2] * call.key.shape[2]), 1)  # matrices
     sequences, heads = max(most // num_kv_heads, 1), min(most, num_kv_heads)
     for first in range(0, batch, sequences):
         for head in range(0, num_kv_heads, heads):
             part = slice(first, min(first + sequences, batch)), slice(head, min(head + heads, num_kv_heads))
-            yield _Heads(call, *part, hidden, first_sequence)
+            yield _Heads(call, dtype, *part, hidden, first_sequence)
 
 
-def _hidden(call: AttentionCall) -> Tensor | None:
+def _hidden(call: AttentionCall, dtype: torch.dtype) -> Tensor | None:
     """-inf in pairs that do not attend and 0 elsewhere, (1 or B, 1 or H, 1 or Sq, Sk); None = all attend."""
     (part,) = parts(call)  # neither lengths nor segments tell sequences apart
     hidden = part.hidden(Tile(range(call.query.shape[2]), range(call.key.shape[2]), "masked"))
     if hidden is None:
         return None
-    additive = minus_infinity(hidden, accumulation_dtype(call.query.dtype))
+    additive = minus_infinity(hidden, dtype)
     return additive if additive.dim() == 4 else additive[None, None]
 
 
