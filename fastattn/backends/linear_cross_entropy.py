@@ -21,6 +21,9 @@ OTHER_CHUNK_LOGITS = 2**27
 # rows of the weight's gradient that a CPU makes at once, where a product does not add to it
 WEIGHT_ROWS = 4096
 MIN_CHUNKS = 4  # and at most a quarter of all logits
+# Of 16 bits a CPU takes this many times as many: to add a chunk to the weight's gradient, in float32, takes as long as
+# the chunk's product.
+NARROW_CHUNK = 2
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
 Backward = Callable[[SoftmaxSpec, CrossEntropyCall, Tensor, Tensor, Tensor | None], Tensor]
@@ -53,7 +56,9 @@ def forward(
     losses = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
     norms = losses.new_empty(losses.shape[0], 2)
     grads = None if needs is None else _Grads(call, needs)
-    for rows in chunks(call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type):
+    for rows in chunks(
+        call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type, call.hidden.dtype
+    ):
         chunk = _chunk(call, rows)
         if grads is None:
             losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
@@ -86,17 +91,20 @@ def backward(
     if kept is not None:
         dlosses, norms = dlosses[kept], norms[kept]
     grads = _Grads(call, needs)
-    for rows in chunks(call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type):
+    for rows in chunks(
+        call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type, call.hidden.dtype
+    ):
         chunk = _chunk(call, rows)
         dlogits = cross_entropy_bwd(spec, chunk, dlosses[rows], norms[rows], grads.place(chunk))
         grads.add(chunk, rows, dlogits)
     return grads.results(kept, whole)
 
 
-def chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
-    """The tokens of each chunk."""
-    fit = CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
-    step = max(1, min(fit, cdiv(tokens, MIN_CHUNKS)))
+def chunks(tokens: int, vocab_size: int, device: str, dtype: torch.dtype) -> Iterator[slice]:
+    """The tokens of each chunk, of hidden states of `dtype`."""
+    times = NARROW_CHUNK if device == "cpu" and dtype.itemsize < 4 else 1
+    fit = times * CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
+    step = max(1, min(fit, cdiv(tokens, MIN_CHUNKS // times)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 

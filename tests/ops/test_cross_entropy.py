@@ -224,12 +224,14 @@ def test_never_more_than_a_quarter_of_the_logits(ignored: int, reduction: str, s
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 1000])
 @pytest.mark.parametrize("vocab", [1, 50_000, 2**30])
-def test_chunks_cover_every_token_once(tokens: int, vocab: int) -> None:
-    parts = list(chunked.chunks(tokens, vocab, "cpu"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunks_cover_every_token_once(dtype: torch.dtype, vocab: int, tokens: int) -> None:
+    parts = list(chunked.chunks(tokens, vocab, "cpu", dtype))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
     longest = max((part.stop - part.start for part in parts), default=0)
-    assert longest <= max(1, chunked.CHUNK_LOGITS["cpu"] // vocab)
-    assert len(parts) >= min(tokens, chunked.MIN_CHUNKS)
+    times = chunked.NARROW_CHUNK if dtype.itemsize == 2 else 1
+    assert longest <= max(1, times * chunked.CHUNK_LOGITS["cpu"] // vocab)
+    assert len(parts) >= min(tokens, chunked.MIN_CHUNKS // times)
 
 
 def test_the_graph_is_freed_or_kept_as_asked() -> None:

@@ -22,8 +22,8 @@ from fastattn.philox import keep_scale
 from fastattn.spec import AttentionCall, AttentionGrads, AttentionSpec, accumulation_dtype
 from fastattn.strides import empty_in_order
 
-# Weights of matrices that run together: what stays in a core's cache. The operations of a matrix with more take longer
-# than starting them.
+# Weights of matrices that run together, and twice as many of 16 bits: what stays in a core's cache. The operations of a
+# matrix with more take longer than starting them.
 ELEMENTS = 2**19
 NARROW_MIN_ROWS = 16  # of queries, from which on oneDNN computes products in 16 bits
 
@@ -40,7 +40,7 @@ def shared(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of this thread, in the same memory each time: new pages would cost more than a product.
 
     Its values last until the name is asked for again; the memory stays with the thread. What is asked for has about
-    `ELEMENTS` elements at most.
+    `ELEMENTS` elements at most, of 16 bits twice as many.
     """
     memory = _of_thread.memory
     size = math.prod(shape)
@@ -263,7 +263,8 @@ def _some_heads(call: AttentionCall, dtype: torch.dtype, first_sequence: int) ->
     """All heads of all sequences: whole sequences while they are few weights, else some heads of one."""
     hidden = _hidden(call, dtype)
     batch, num_kv_heads = call.key.shape[:2]
-    most = max(ELEMENTS // (call.group_size * call.query.shape[2] * call.key.shape[2]), 1)  # matrices
+    weights = call.group_size * call.query.shape[2] * call.key.shape[2]  # of a matrix
+    most = max((2 if dtype.itemsize < 4 else 1) * ELEMENTS // weights, 1)
     sequences, heads = max(most // num_kv_heads, 1), min(most, num_kv_heads)
     for first in range(0, batch, sequences):
         for head in range(0, num_kv_heads, heads):
