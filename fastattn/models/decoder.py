@@ -31,6 +31,7 @@ from fastattn.models.unpadded import Row
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.blocks import Mlp, PostNormBlock, PreNormBlock, Transform
 from fastattn.nn.cross_attention import CrossAttention, Memory
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.int8 import check_kind
 from fastattn.nn.kv_cache import KVCache, lengths_kept_on_error
 from fastattn.nn.linear import Linear, linear
@@ -83,7 +84,7 @@ class GPT(Pretrained, nn.Module):
             self.wtt = nn.Embedding(config.type_vocab_size, config.n_embd) if config.type_vocab_size else None
             self.ln_emb = _norm(config, config.n_embd) if config.post_norm else None
             self.rotary = config.rotary()  # by kind of layer; empty with other positions
-            self.drop = nn.Dropout(config.embd_pdrop)
+            self.drop = Dropout(config.embd_pdrop)
             self.h = nn.ModuleList(_block(config, kind) for kind in config.kinds)
             self.ln_f = nn.Identity() if config.post_norm else _norm(config, config.n_embd)
             self.lm_transform = _transform(config) if config.lm_transform else None

@@ -14,6 +14,7 @@ from fastattn.models.checkpoint import Family
 from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, SLIDING
 from fastattn.models.pretrained import PretrainedEncoder
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
 from fastattn.nn.linear import Linear
 from fastattn.nn.norms import normalised
@@ -278,7 +279,7 @@ class Embeddings(nn.Module):
             nn.Embedding(config.type_vocab_size, width) if config.type_vocab_size else None
         )
         self.norm = _norm(config, width)
-        self.dropout = nn.Dropout(_either(config.embedding_dropout, config.hidden_dropout_prob))
+        self.dropout = Dropout(_either(config.embedding_dropout, config.hidden_dropout_prob))
         self.projection = Linear(width, config.hidden_size) if width != config.hidden_size else None
 
     def forward(

@@ -23,6 +23,7 @@ from fastattn.models.head_losses import (
 from fastattn.models.losses import mean_loss_of
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.blocks import Transform
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.linear import Linear
 
 
@@ -218,8 +219,8 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
         self.config = config
         self.bert = Bert(config, add_pooler=False)
         self.head = class_transform(config)
-        self.input_dropout = nn.Dropout(_dropout(config) if config.classifier_input_dropout else 0.0)
-        self.dropout = nn.Dropout(_dropout(config))
+        self.input_dropout = Dropout(_dropout(config) if config.classifier_input_dropout else 0.0)
+        self.dropout = Dropout(_dropout(config))
         self.classifier = Linear(config.hidden_size, config.num_labels or 0)
         initialise(self.head, config)
         initialise(self.classifier, config)
@@ -266,7 +267,7 @@ class BertForTokenClassification(PretrainedEncoder, nn.Module):
         self.config = config
         self.bert = Bert(config, add_pooler=False)
         self.head = class_transform(config) if config.token_dense else nn.Identity()
-        self.dropout = nn.Dropout(_dropout(config) if config.token_dropout is None else config.token_dropout)
+        self.dropout = Dropout(_dropout(config) if config.token_dropout is None else config.token_dropout)
         self.classifier = Linear(config.hidden_size, config.num_labels or 0)
         initialise(self.head, config)
         initialise(self.classifier, config)
@@ -316,7 +317,7 @@ class BertForQuestionAnswering(PretrainedEncoder, nn.Module):
         self.config = config
         self.bert = Bert(config, add_pooler=False)
         self.head = class_transform(config) if config.qa_dense else nn.Identity()
-        self.dropout = nn.Dropout(_dropout(config) if config.qa_dropout is None else config.qa_dropout)
+        self.dropout = Dropout(_dropout(config) if config.qa_dropout is None else config.qa_dropout)
         self.qa_outputs = Linear(config.hidden_size, 2)
         initialise(self.head, config)
         initialise(self.qa_outputs, config)

@@ -15,6 +15,7 @@ from fastattn.models.checkpoint.families import family_for
 from fastattn.models.checkpoint.names import placed
 from fastattn.models.checkpoint.pretrained import Pretrained
 from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.int8 import Int8Linear
 from fastattn.nn.linear import Linear, linear
 
@@ -47,7 +48,7 @@ class Adapter(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, weight.shape[1], **options))
         self.lora_B = nn.Parameter(torch.zeros(block.stop - block.start, r, **options))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., rows), in x's dtype."""

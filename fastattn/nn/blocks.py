@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.cross_attention import CrossAttention, Memory
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.int8 import Int8Linear
 from fastattn.nn.kv_cache import KVCache
 from fastattn.nn.linear import Linear, recorded_by_autograd_alone, remade, without_transforms
@@ -67,7 +68,7 @@ class Mlp(nn.Module):
         self.c_fc = Linear(embed_dim, 2 * hidden_dim if gated else hidden_dim, bias=bias)
         self.c_proj = Linear(hidden_dim, embed_dim, bias=bias)
         self.activation = partial(gated_by, ACTIVATIONS[activation]) if gated else ACTIVATIONS[activation]
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
@@ -187,7 +188,7 @@ class PreNormBlock(nn.Module):
         self.ln_2 = norm(attn.embed_dim)
         self.mlp = mlp
         self.ln_2_out = norm(attn.embed_dim) if sandwich else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastattn.nn.blocks import Mlp
+from fastattn.nn.dropout import Dropout
 from fastattn.nn.linear import Linear, remade
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import RotaryTable, apply_rotary
@@ -66,7 +67,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attn, self.mlp, self.ln_1, self.ln_2 = attn, mlp, ln_1, ln_2
         self.pre_norm = pre_norm
-        self.attn_dropout, self.mlp_dropout = nn.Dropout(attn_dropout), nn.Dropout(mlp_dropout)
+        self.attn_dropout, self.mlp_dropout = Dropout(attn_dropout), Dropout(mlp_dropout)
 
     def forward(
         self, x: Tensor, tokens: Tokens, *, rotary: RotaryTable | None = None, weights: bool = False

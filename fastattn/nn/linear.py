@@ -190,10 +190,14 @@ def _suits_onednn(x: Tensor, weight: Tensor, repeated: bool) -> bool:
 
 def recorded_by_autograd_alone(x: Tensor) -> bool:
     """Whether nothing but autograd sees the calls on a tensor."""
+    return runs_eagerly(x) and not torch.is_autocast_enabled("cpu")
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether nothing but autograd and autocast sees the calls on a tensor."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and type(x) is Tensor
         and not torch_compat.dispatch_mode_active()  # FlopCounterMode and its like know F.linear only
-        and not torch.is_autocast_enabled("cpu")
     )

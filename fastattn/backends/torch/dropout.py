@@ -27,7 +27,7 @@ from fastattn.philox import (
     keep_threshold,
 )
 
-BLOCK = 2**13  # counters that are drawn at a time; six buffers of 8 bytes for each
+BLOCK = 2**14  # counters that are drawn at a time; six buffers of 8 bytes for each
 PAGE_WORDS = 2**9  # of 8 bytes, in a page of memory
 RECENT_BYTES = 2**24  # of masks that are kept for a backward pass
 Words = NDArray[np.uint64]
