@@ -300,7 +300,7 @@ ROWS: dict[str, TaskRow] = {
     row.name: row
     for row in (
         shakespeare("shakespeare-5min", 5, 4, 192, 0.0, (0.01, 4e-3, 3e-3), 1.60),
-        shakespeare("shakespeare-60min", 60, 4, 256, 0.1, (0.006, 2.5e-3, 1.5e-3), 1.50),
+        shakespeare("shakespeare-60min", 60, 4, 256, 0.15, (0.006, 2.5e-3, 1.5e-3), 1.50),
         _reuters(),
         _chinese(),
         _entities(),
