@@ -50,11 +50,13 @@ ALSO = (
 INTERNAL = (
     "fastattn.nn.attention.keep_forward",
     "fastattn.nn.blocks.gated_by",
+    "fastattn.nn.dropout.kept",
     "fastattn.nn.kv_cache.lengths_kept_on_error",
     "fastattn.nn.linear.linear",
     "fastattn.nn.linear.plainly_on_cpu",
     "fastattn.nn.linear.remade",
     "fastattn.nn.linear.recorded_by_autograd_alone",
+    "fastattn.nn.linear.runs_eagerly",
     "fastattn.nn.linear.without_transforms",
     "fastattn.nn.norms.normalised",
     "fastattn.nn.norms.rms_norm",
