@@ -230,6 +230,23 @@ def test_gradients_are_clipped_to_the_norm_and_the_log_has_the_norm_before(make_
     assert after == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1e-5, 2.0])
+def test_clipping_gives_torchs_bits(make_trainer, monkeypatch, share):
+    """Also where nothing is clipped, which leaves the gradients alone."""
+    trainer = make_trainer()
+    trainer.objective.accumulate([ragged_batch(8)])
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]))
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in trainer.model.parameters()]
+    for copy, parameter in zip(copies, trainer.model.parameters()):
+        copy.grad = parameter.grad.clone()
+    torch.nn.utils.clip_grad_norm_(copies, share * norm)
+    if share > 1 + 1e-4:
+        monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", None)
+    assert trainer.objective.clip_gradients(share * norm) == norm
+    for copy, parameter in zip(copies, trainer.model.parameters()):
+        assert torch.equal(copy.grad, parameter.grad)
+
+
 def test_a_step_without_any_label_is_reported(make_trainer):
     blank = [{"input_ids": torch.zeros(9, dtype=torch.long), "labels": torch.full((9,), IGNORE_INDEX)}]
     result = make_trainer(train=blank, max_steps=1).fit()
