@@ -201,6 +201,22 @@ def test_parts_are_joined_transposed_and_tied():
     assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 7), (7, 1), (3, 64), (64, 65), (130, 257), (600, 70)])
+def test_transposed_tensors_of_any_size(shape, dtype):
+    """Whole strips of a row and what is left of it, of one tensor and of several, also in another dtype."""
+    made = [torch.randint(-9, 9, shape).to(dtype) for _ in range(2)]
+    part = Part("x", ("a", "b"), transposed=True)
+    for wanted in (None, torch.float32):
+        for pieces in (made[:1], made):
+            found = join(pieces, part, wanted)
+            expected = torch.cat([piece.t() for piece in pieces])
+            expected = expected if wanted is None or not dtype.is_floating_point else expected.to(wanted)
+            assert found.dtype == expected.dtype
+            assert found.is_contiguous()
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("names", ["bare", "aliased", "tied elsewhere", "tied twice"])
 def test_other_spellings_of_names(names):
     tensors = two_tensors()

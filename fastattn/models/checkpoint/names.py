@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.models.checkpoint.adjoining import adjoined
 
+STRIP_BYTES = 256  # of a row that are written together: four cache lines
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")  # the first whole number of a dotted name
 
 
@@ -172,7 +173,19 @@ def join(pieces: Sequence[Tensor], part: Part, dtype: torch.dtype | None = None)
     shape = (sum(rows), *pieces[0].shape[1:]) if pieces[0].dim() else ()
     out = torch.empty(shape, dtype=dtype, device="cpu")
     if len(pieces) == 1:
-        return out.copy_(pieces[0])
+        _copy(pieces[0], out)
+        return out
     for rows_of, piece in zip(out.split(rows), pieces):
-        rows_of.copy_(piece)
+        _copy(piece, rows_of)
     return out
+
+
+def _copy(piece: Tensor, out: Tensor) -> None:
+    """Write a piece to `out`. A transposed one goes by strips: torch copies a whole one with one thread, element by
+    element, and each strip fills cache lines of a row with several."""
+    if piece.dim() != 2 or piece.stride(0) != 1 or piece.is_contiguous():
+        out.copy_(piece)
+        return
+    width = STRIP_BYTES // piece.element_size()
+    for strip, columns in zip(out.split(width, 1), piece.split(width, 1)):
+        strip.copy_(columns)
