@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn import torch_compat
 from measure import counts
 
 HAS_GPU = torch.cuda.is_available()
@@ -110,3 +111,15 @@ def test_a_record_of_another_version_is_refused(tmp_path: Any, monkeypatch: pyte
     monkeypatch.setattr(counts, "FILE", file)
     with pytest.raises(ValueError, match="--record"):
         counts.recorded()
+
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_the_processor_changes_no_choice(intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("has_mkl_on_intel", "has_matrix_instructions", "prefers_mkl")
+    for name in names:
+        monkeypatch.setattr(torch_compat, name, lambda: intel)
+    monkeypatch.setattr(torch_compat, "instructions", lambda: "AVX2, Intel" if intel else "AVX2")
+    with counts._on_one_processor():
+        found = [getattr(torch_compat, name)() for name in (*names, "instructions")]
+        assert found == [False, False, True, "AVX512"]
+    assert [getattr(torch_compat, name)() for name in names] == [intel] * 3
