@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,13 +73,13 @@ def _on_one_processor() -> Iterator[None]:
     chosen = {
         "has_mkl_on_intel": False, "has_matrix_instructions": False, "prefers_mkl": True, "instructions": "AVX512",
     }  # fmt: skip
-    plan.clear()  # those that were made before
     with ExitStack() as replaced:
+        replaced.callback(plan.clear)
         for name, value in chosen.items():
             # without a Python function that would be counted
-            replaced.enter_context(_replaced(torch_compat, name, partial(value.__class__, value)))
+            replaced.enter_context(_replaced(torch_compat, name, repeat(value).__next__))
+        plan.clear()  # those that were made before
         yield
-    plan.clear()
 
 
 def _python_calls() -> dict[str, Call]:
