@@ -13,3 +13,10 @@ def qkv(
     shapes = ((b, h, sq, d), (b, hkv, sk, d), (b, hkv, sk, dv))
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes)
     return q, k, v
+
+
+def masked(*shape: int) -> Tensor:
+    """A mask of about half of the pairs; every row sees the first key."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[..., 0] = True
+    return mask

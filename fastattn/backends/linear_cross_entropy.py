@@ -21,8 +21,8 @@ OTHER_CHUNK_LOGITS = 2**27
 # rows of the weight's gradient that a CPU makes at once, where a product does not add to it
 WEIGHT_ROWS = 4096
 MIN_CHUNKS = 4  # and at most a quarter of all logits
-# Of 16 bits a CPU takes this many times as many: to add a chunk to the weight's gradient, in float32, takes as long as
-# the chunk's product.
+# Of 16 bits a CPU takes this many times as many, in no more memory: the weight's gradient, in float32, is read and
+# written once for each chunk.
 NARROW_CHUNK = 2
 
 Forward = Callable[[SoftmaxSpec, CrossEntropyCall], tuple[Tensor, ...]]
@@ -56,9 +56,7 @@ def forward(
     losses = call.hidden.new_empty(call.hidden.shape[0], dtype=accumulation_dtype(call.hidden.dtype))
     norms = losses.new_empty(losses.shape[0], 2)
     grads = None if needs is None else _Grads(call, needs)
-    for rows in chunks(
-        call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type, call.hidden.dtype
-    ):
+    for rows in _chunks(call):
         chunk = _chunk(call, rows)
         if grads is None:
             losses[rows], norms[rows] = cross_entropy_fwd(spec, chunk)
@@ -91,9 +89,7 @@ def backward(
     if kept is not None:
         dlosses, norms = dlosses[kept], norms[kept]
     grads = _Grads(call, needs)
-    for rows in chunks(
-        call.hidden.shape[0], call.weight.shape[0], call.hidden.device.type, call.hidden.dtype
-    ):
+    for rows in _chunks(call):
         chunk = _chunk(call, rows)
         dlogits = cross_entropy_bwd(spec, chunk, dlosses[rows], norms[rows], grads.place(chunk))
         grads.add(chunk, rows, dlogits)
@@ -106,6 +102,11 @@ def chunks(tokens: int, vocab_size: int, device: str, dtype: torch.dtype) -> Ite
     fit = times * CHUNK_LOGITS.get(device, OTHER_CHUNK_LOGITS) // max(1, vocab_size)
     step = max(1, min(fit, cdiv(tokens, MIN_CHUNKS // times)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def _chunks(call: LinearCrossEntropyCall) -> Iterator[slice]:
+    hidden = call.hidden
+    return chunks(hidden.shape[0], call.weight.shape[0], hidden.device.type, hidden.dtype)
 
 
 class _Grads:

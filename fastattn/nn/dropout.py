@@ -13,11 +13,11 @@ INT64_MIN = -(2**63)
 
 
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout, several times as fast on a CPU, where torch draws a number of 32 bits for each element in turn.
+    """torch.nn.Dropout with fewer random numbers on a CPU: one of 64 bits for four elements, by torch's default
+    generator.
 
-    There p is rounded to a multiple of 2^-16, and what is kept is divided by the rounded 1 - p, as of attention's
-    dropout. Draws are from torch's default generator, which sees a quarter as many of 64 bits. Elsewhere, and under
-    torch.compile, tracing, modes and torch.func's transforms, it is torch.nn.Dropout.
+    p is rounded to a multiple of 2^-16 there, and what is kept is divided by 1 minus that, as in attention's dropout.
+    On other devices, and under torch.compile, tracing, modes and torch.func's transforms, it is torch.nn.Dropout.
     """
 
     def forward(self, x: Tensor) -> Tensor:

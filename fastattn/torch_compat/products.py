@@ -33,10 +33,9 @@ _matrix_instructions: Any = find("torch.cpu._is_amx_tile_supported")
 
 @functools.cache
 def has_matrix_instructions() -> bool:
-    """Whether oneDNN multiplies matrices of bfloat16 by instructions for matrices (AMX), several times as fast as
-    float32 ones.
+    """Whether oneDNN multiplies matrices of bfloat16 by the processor's instructions for matrices (AMX).
 
-    Fallback: False, and callers widen their operands where that is as fast.
+    Fallback: False, and callers widen their operands.
     """
     return (
         _matrix_instructions is not None

@@ -123,7 +123,7 @@ class Objective:
         norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if is_sharded(norm):
             norm = norm.full_tensor()
-        # torch's factor: where it is 1 or more, torch still reads and writes every gradient
+        # torch multiplies by this factor or by 1, whichever is less: by 1 it would read and write all for nothing
         if limit is not None and math.isfinite(norm) and limit / (norm + 1e-6) < 1:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)

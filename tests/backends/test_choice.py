@@ -87,19 +87,22 @@ def test_a_backward_that_runs_elsewhere_says_why(monkeypatch: pytest.MonkeyPatch
     assert fastattn.explain(*qkv()).backward is None
 
 
-FEW = {dtype: fused_bwd_min_keys(dtype) - 1 for dtype in (torch.bfloat16, torch.float16)}
 IDS = torch.zeros(2, 5, dtype=torch.int32)
 ROWS, FUSED_CPU, BLOCKS = (
     "softmax of whole rows in torch operations",
     "torch's fused CPU kernel",
     "blockwise softmax",
 )
+FEW = {
+    dtype: f"{ROWS} up to {fused_bwd_min_keys(dtype) - 1} keys and {ELEMENTS // 2} weights of a key head"
+    for dtype in (torch.bfloat16, torch.float16)
+}
 ON_CPU: dict[str, tuple[dict[str, Any], torch.dtype, str, str]] = {
     "plain": ({}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{ROWS} up to {FEW[torch.bfloat16]} keys"),
+    "16 bits": ({}, torch.bfloat16, FUSED_CPU, f"{FEW[torch.bfloat16]}, beyond {FUSED_CPU}"),
     "dropout": ({"dropout_p": 0.1}, torch.float32, f"{ROWS} up to {ELEMENTS // 2} weights", ROWS),
     "segments": ({"segment_ids": IDS}, torch.float32, FUSED_CPU, FUSED_CPU),
-    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, f"{ROWS} up to {FEW[torch.float16]} keys"),
+    "segments in 16 bits": ({"segment_ids": IDS}, torch.float16, FUSED_CPU, FEW[torch.float16]),
     "segments, dropout": (
         {"segment_ids": IDS, "dropout_p": 0.1}, torch.float32,
         f"{ROWS} up to {ELEMENTS} weights of all heads in a run of a segment, beyond {BLOCKS}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_inputs import masked
 from torch import Tensor
 
 import fastattn
@@ -18,16 +19,8 @@ from fastattn.backends.torch.parts import COL_BLOCK
 from numerics import assert_each_within_rule
 
 BATCH, HEADS, DIM = 3, 4, 32
-HAS_MATRIX_INSTRUCTIONS = (
-    torch_compat.has_matrix_instructions()
-)  # of this processor, whatever a test pretends
-
-
-def masked(*shape: int) -> Tensor:
-    """A mask of about half of the pairs; every row sees the first key."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
-    mask[..., 0] = True
-    return mask
+# of this processor, whatever a test pretends
+HAS_MATRIX_INSTRUCTIONS = torch_compat.has_matrix_instructions()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_inputs import masked
 from torch import Tensor
 
 import fastattn
@@ -16,13 +17,6 @@ from fastattn.backends.torch import whole_rows
 from numerics import assert_each_within_rule
 
 BATCH, HEADS, QUERIES, KEYS = 3, 4, 23, 30
-
-
-def masked(*shape: int) -> Tensor:
-    """A mask of about half of the pairs; every row sees the first key."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
-    mask[..., 0] = True
-    return mask
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

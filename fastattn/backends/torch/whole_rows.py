@@ -73,9 +73,9 @@ def product(
 def product_dtype(dtype: torch.dtype, rows: int, wants_lse: bool) -> torch.dtype:
     """The dtype of a backward's products, and of its scores and weights: the accumulation dtype of operands of `dtype`.
 
-    bfloat16 itself where its products are several times as fast, which sum in float32: scores and weights are rounded
-    as the formula in bfloat16 rounds them. Not with a gradient of lse, whose products with the weights would be rounded
-    once more, nor for few rows, whose products are other code.
+    bfloat16 itself where the processor has instructions for its products, which sum in float32: scores and weights are
+    rounded as the formula in bfloat16 rounds them. Not with a gradient of lse, whose products with the weights would be
+    rounded once more, nor for few rows, whose products are other code.
 
     Args:
         rows: of a matrix.
