@@ -42,7 +42,7 @@ ARROWS = {
         "recorders",
     },
     "ops": {"torch_compat", "spec", "strides", "philox", "reference", "backends", "visibility"},
-    "nn": {"philox", "torch_compat", "spec", "ops", "rotary"},
+    "nn": {"integers", "philox", "torch_compat", "spec", "ops", "rotary"},
     "integrations": {"torch_compat", "nn", "ops", "backends", "spec", "visibility"},
     "generation": {"constants", "integers", "nn", "ops", "philox"},
     "models": {"torch_compat", "spec", "constants", "nn", "ops", "generation"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastattn.integers import cdiv
 from fastattn.nn.linear import runs_eagerly, without_transforms
 from fastattn.philox import keep_scale, keep_threshold
 
@@ -29,7 +30,7 @@ class Dropout(nn.Dropout):
 
 def kept(x: Tensor, p: float) -> Tensor:
     """What dropout multiplies a contiguous tensor on a CPU by: 0 with probability p, else 1 / (1 - p), in x's dtype."""
-    draws = torch.empty(-(-x.numel() // ELEMENTS_PER_DRAW), dtype=torch.int64, device="cpu")
+    draws = torch.empty(cdiv(x.numel(), ELEMENTS_PER_DRAW), dtype=torch.int64, device="cpu")
     halves = draws.random_(INT64_MIN, None).view(torch.int16)[: x.numel()].view(x.shape)
     return (halves >= keep_threshold(p) - 0x8000).to(x.dtype).mul_(keep_scale(p))
 
