@@ -6,7 +6,7 @@ from typing import Any
 from fastattn.collector import paused as _paused
 
 with _paused():
-    from fastattn import reference
+    from fastattn import reference, vector_math
     from fastattn.integrations.swap import SwapReport, restore_attention, swap_attention
     from fastattn.integrations.torch import sdpa_override
     from fastattn.nn.attention import MultiHeadAttention
@@ -17,6 +17,8 @@ with _paused():
     from fastattn.ops.sdpa import scaled_dot_product_attention
     from fastattn.ops.softmax import explain_softmax, softmax
     from fastattn.ops.varlen import attention_varlen, explain_varlen
+
+vector_math.set_up()  # here, for results of torch's own calls too
 
 __all__ = [
     "MultiHeadAttention",

@@ -20,6 +20,7 @@ ARROWS = {
     "spec": {"strides"},
     "philox": {"integers", "torch_compat"},
     "rotary": set(),
+    "vector_math": set(),
     "visibility": set(),
     "reference": {"philox", "spec", "visibility"},
     "cache": set(),
