@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import read_json, resolve_folder
+from fastattn.models.encoded import Encoded
 from fastattn.models.encoder import Bert
 from fastattn.models.fields import flag, one_of, or_none
 from fastattn.models.losses import widened
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.modes import evaluating
-from fastattn.nn.unpadding import Tokens, tokens_at_a_time
+from fastattn.nn.unpadding import tokens_at_a_time
 from fastattn.ops.arguments import is_integer
 
 POOLINGS = ("mean", "cls", "max")
@@ -96,11 +97,11 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
         output_attentions: bool = False,
     ) -> EmbeddingOutput:
         """Vectors (B, E); arguments and errors are those of `Bert.forward`."""
-        x, tokens, hidden_states, attentions = self.bert.encode_tokens(
+        encoded = self.bert.encode_tokens(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        return EmbeddingOutput(self._pooled(x, tokens), hidden_states, attentions)
+        return EmbeddingOutput(self._pooled(encoded), encoded.hidden_states, encoded.attentions)
 
     @torch.no_grad()
     def encode(
@@ -240,10 +241,15 @@ class BertForEmbedding(PretrainedEncoder, nn.Module):
             entries["2_Normalize/config.json"] = {}
         return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in entries.items()}
 
-    def _pooled(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """(T, E) -> (B, E), in float32 at least."""
-        wide = widened(x)
-        pooled = {"mean": tokens.mean, "cls": tokens.first, "max": tokens.max}[self.pooling](wide)
+    def _pooled(self, encoded: Encoded) -> Tensor:
+        """(B, E), computed in float32 at least."""
+        tokens = encoded.tokens
+        if self.pooling == "cls":
+            x = encoded.first()
+            pooled = widened(x)
+        else:
+            x = encoded.x
+            pooled = (tokens.mean if self.pooling == "mean" else tokens.max)(widened(x))
         if self.normalize:
             pooled = F.normalize(pooled, dim=-1)
         return pooled.to(x.dtype)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastattn import torch_compat
 from fastattn.models.bert_config import BertConfig
 from fastattn.models.checkpoint import Family
 from fastattn.models.checks import check_flags, check_ids, check_range
 from fastattn.models.config import FULL, SLIDING
+from fastattn.models.encoded import Encoded
 from fastattn.models.pretrained import PretrainedEncoder
 from fastattn.nn.dropout import Dropout
 from fastattn.nn.encoder_blocks import EncoderBlock, EncoderMlp, SelfAttention
-from fastattn.nn.linear import Linear
+from fastattn.nn.linear import Linear, runs_eagerly
 from fastattn.nn.norms import normalised
 from fastattn.nn.positions import Rotary, RotaryTable, positions_of_tokens
 from fastattn.nn.uninitialised import Uninitialised
@@ -38,15 +41,6 @@ class EncoderOutput(NamedTuple):
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-
-
-class Encoded(NamedTuple):
-    """The input of heads: packed tokens, without padding."""
-
-    x: Tensor  # (T, E), the last hidden state
-    tokens: Tokens  # where they stand
-    hidden_states: tuple[Tensor, ...] | None  # padded
-    attentions: tuple[Tensor, ...] | None
 
 
 class Bert(PretrainedEncoder, nn.Module):
@@ -117,9 +111,9 @@ class Bert(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        x, tokens, hidden_states, attentions = encoded
-        pooled = None if self.pooler is None else torch.tanh(self.pooler(tokens.first(x)))  # (B, E)
-        return EncoderOutput(tokens.pad(x), pooled, hidden_states, attentions)
+        padded = encoded.tokens.pad(encoded.x)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(encoded.first()))  # (B, E)
+        return EncoderOutput(padded, pooled, encoded.hidden_states, encoded.attentions)
 
     def encode_tokens(
         self,
@@ -132,7 +126,7 @@ class Bert(PretrainedEncoder, nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Encoded:
-        """The hidden states of real tokens, (T, E), which heads take and `forward` pads to (B, S, E)."""
+        """The hidden states of real tokens, which heads take and `forward` pads to (B, S, E)."""
         check_flags(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         batch, seqlen = self._check_inputs(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
@@ -151,17 +145,43 @@ class Bert(PretrainedEncoder, nn.Module):
         x = self.embeddings(ids, positions, types, given)  # (T, E)
         tables = self._rotary_tables(positions, x.dtype)
         states, weights = [], []
-        for layer, kind in zip(self.layers, self.config.kinds_of_layers):
+        kinds = self.config.kinds_of_layers
+        last = None
+        if not (output_hidden_states or output_attentions) and self._may_read_some(tokens, x):
+            last = partial(self._last_layer, tokens, tables.get(kinds[-1]))
+        for layer, kind in zip(self.layers if last is None else self.layers[:-1], kinds):
             if output_hidden_states:  # otherwise the next layer can reuse the memory
                 states.append(x)
             x, shown = layer(x, tokens, rotary=tables.get(kind), weights=output_attentions)
             weights.append(shown)
-        x = normalised(self.final_norm, x)  # (T, E)
+        if last is None:
+            x = normalised(self.final_norm, x)  # (T, E)
         return Encoded(
-            x,
             tokens,
+            x,
+            last,
             tuple(tokens.pad(state) for state in (*states, x)) if output_hidden_states else None,
             tuple(weights) if output_attentions else None,
+        )
+
+    def _last_layer(
+        self, tokens: Tokens, rotary: RotaryTable | None, x: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        """The last layer and the final norm of x (T, E), for the tokens at rows (N,) or for all."""
+        x, _ = self.layers[-1](x, tokens, rotary=rotary, rows=rows)
+        return normalised(self.final_norm, x)
+
+    def _may_read_some(self, tokens: Tokens, x: Tensor) -> bool:
+        """Whether the last layer may run for some tokens: nothing else sees its calls, and it has no window, which
+        counts columns."""
+        if not runs_eagerly(x) or not self.layers or (tokens.real is not None and tokens.places is None):
+            return False
+        layer = self.layers[-1]
+        return (
+            type(layer) is EncoderBlock
+            and type(layer.attn) is SelfAttention
+            and layer.attn.window is None
+            and not any(map(torch_compat.has_hooks, (*layer.modules(), self.final_norm)))
         )
 
     @classmethod

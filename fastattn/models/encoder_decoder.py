@@ -27,7 +27,8 @@ from fastattn.models.checks import check_range
 from fastattn.models.continuation import Continuation
 from fastattn.models.decoder import GPT
 from fastattn.models.decoder_inputs import count_positions
-from fastattn.models.encoder import Bert, Encoded
+from fastattn.models.encoded import Encoded
+from fastattn.models.encoder import Bert
 from fastattn.models.encoder_decoder_config import EncoderDecoderConfig
 from fastattn.models.losses import check_targets
 from fastattn.nn.cross_attention import Memory
@@ -317,7 +318,7 @@ class EncoderDecoder(Pretrained, nn.Module):
             alone = encoded.tokens
             masked = alone.real is not None and alone.places is None  # the padding is among the rows
             rows.append(encoded.x[real[i]] if masked else encoded.x)
-        return Encoded(torch.cat(rows), Tokens.of(real, batch, seqlen), None, None)
+        return Encoded(Tokens.of(real, batch, seqlen), torch.cat(rows))
 
     def _start(self) -> int:
         named = (self.generation_config or {}).get("decoder_start_token_id")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastattn import torch_compat
 from fastattn.constants import IGNORE_INDEX
 from fastattn.models.bert_config import PROBLEM_TYPES
-from fastattn.models.encoder import Encoded
+from fastattn.models.encoded import Encoded
 from fastattn.models.losses import check_targets, mean_loss, mean_loss_of, widened
 from fastattn.nn.linear import Linear
 from fastattn.nn.unpadding import Tokens
@@ -25,23 +25,31 @@ def masked_lm(
     decoder: nn.Module,
     keep_logits: bool,
     vocab_size: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(loss, logits (B, S, V)): the loss is over labelled tokens; logits are None unless `keep_logits`."""
-    x, tokens = encoded.x, encoded.tokens
-    logits = decoder(head(x)) if keep_logits else None  # (T, V)
+    *,
+    first: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, logits (B, S, V), hidden states of first tokens (B, E)).
+
+    The loss is over labelled tokens; logits are None unless `keep_logits`, and so are first tokens unless `first`.
+    """
+    tokens = encoded.tokens
+    logits = decoder(head(encoded.x)) if keep_logits else None  # (T, V)
     padded = None if logits is None else tokens.pad(logits)
     if labels is None:
-        return None, padded
+        return None, padded, encoded.first() if first else None
     targets = token_targets("labels", labels, tokens, vocab_size)  # (T,)
     if logits is not None:
-        return mean_loss_of(logits, targets), padded
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return mean_loss_of(logits, targets), padded, encoded.first() if first else None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        x, of_first = encoded.x, encoded.first() if first else None
+    else:
         labelled = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        x, targets = x.index_select(0, labelled), targets.index_select(0, labelled)
+        x, of_first = encoded.at_and_first(labelled) if first else (encoded.at(labelled), None)
+        targets = targets.index_select(0, labelled)
     h = head(x)
     if type(decoder) is Linear and not torch_compat.has_hooks(decoder):
-        return mean_loss(h, decoder.weight, targets, decoder.bias), None
-    return mean_loss_of(decoder(h), targets), None
+        return mean_loss(h, decoder.weight, targets, decoder.bias), None, of_first
+    return mean_loss_of(decoder(h), targets), None, of_first
 
 
 def text_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

@@ -145,7 +145,7 @@ class BertForMaskedLM(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep, self.config.vocab_size)
+        loss, logits, _ = masked_lm(encoded, labels, self.head, self.decoder, keep, self.config.vocab_size)
         return MaskedLMOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
     def tie_weights(self) -> None:
@@ -195,8 +195,9 @@ class BertForPreTraining(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        loss, logits = masked_lm(encoded, labels, self.head, self.decoder, keep, self.config.vocab_size)
-        first = encoded.tokens.first(encoded.x)  # (B, E)
+        loss, logits, first = masked_lm(
+            encoded, labels, self.head, self.decoder, keep, self.config.vocab_size, first=True
+        )
         follows = self.seq_relationship(torch.tanh(self.pooler(first)))  # (B, 2)
         if next_sentence_label is not None:
             targets = checked_classes("next_sentence_label", next_sentence_label, (follows.shape[0],), 2)
@@ -250,8 +251,8 @@ class BertForSequenceClassification(PretrainedEncoder, nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
-        x, tokens = encoded.x, encoded.tokens
-        pooled = tokens.first(x) if self.config.classifier_pooling == "cls" else tokens.mean(x)  # (B, E)
+        cls = self.config.classifier_pooling == "cls"
+        pooled = encoded.first() if cls else encoded.tokens.mean(encoded.x)  # (B, E)
         logits = self.classifier(self.dropout(self.head(self.input_dropout(pooled))))  # (B, num_labels)
         loss = None if labels is None else text_loss(logits, labels, self.config.problem_type)
         return ClassifierOutput(loss, logits, encoded.hidden_states, encoded.attentions)

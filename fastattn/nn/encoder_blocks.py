@@ -31,15 +31,26 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, *, rotary: RotaryTable | None = None, weights: bool = False
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        *,
+        rotary: RotaryTable | None = None,
+        weights: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, E) -> (T, E), and the weights (B, H, S, S) if asked for; rotary: cos and sin (T, D/2)."""
+        """(T, E) -> (T, E), and the weights (B, H, S, S) if asked for; rotary: cos and sin (T, D/2).
+
+        rows: (N,), ascending: only these tokens' results, (N, E), without a window and without weights.
+        """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)  # (T, H, D)
         if rotary is not None:
             q, k = (apply_rotary(t.transpose(0, 1)[None], rotary)[0].transpose(0, 1) for t in (q, k))
-        out, shown = tokens.attend(
-            q, k, v, window=self.window, weights=weights, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout_p = self.dropout if self.training else 0.0
+        if rows is None:
+            out, shown = tokens.attend(q, k, v, window=self.window, weights=weights, dropout_p=dropout_p)
+        else:
+            out, shown = tokens.attend_from(rows, q.index_select(0, rows), k, v, dropout_p=dropout_p), None
         return self.out_proj(out.flatten(1)), shown
 
 
@@ -70,13 +81,20 @@ class EncoderBlock(nn.Module):
         self.attn_dropout, self.mlp_dropout = Dropout(attn_dropout), Dropout(mlp_dropout)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, *, rotary: RotaryTable | None = None, weights: bool = False
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        *,
+        rotary: RotaryTable | None = None,
+        weights: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, E) -> (T, E), and the attention weights (B, H, S, S) if asked for."""
+        """(T, E) -> (T, E), and the weights (B, H, S, S) if asked for; rows: as in `SelfAttention.forward`."""
+        seen = normalised(self.ln_1, x) if self.pre_norm else x
+        h, shown = self.attn(seen, tokens, rotary=rotary, weights=weights, rows=rows)
+        x = x if rows is None else x.index_select(0, rows)
         if self.pre_norm:
-            h, shown = self.attn(normalised(self.ln_1, x), tokens, rotary=rotary, weights=weights)
             x = x + self.attn_dropout(h)
             return x + self.mlp_dropout(self.mlp(normalised(self.ln_2, x))), shown
-        h, shown = self.attn(x, tokens, rotary=rotary, weights=weights)
         x = normalised(self.ln_1, x + self.attn_dropout(h))
         return normalised(self.ln_2, x + self.mlp_dropout(self.mlp(x))), shown

@@ -37,6 +37,7 @@ class Tokens:
     places: Tensor | None = None  # (T,) int64, places among B * S of packed tokens, ascending
     cu_seqlens: Tensor | None = None  # (B + 1,) int32, where each sequence of packed tokens starts
     longest: int = 0  # tokens of the longest sequence
+    shortest: int = 0  # and of the shortest; a lower bound where there is no form without padding
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, seqlen: int, *, gaps: bool = True) -> Tokens:
@@ -46,19 +47,19 @@ class Tokens:
             windows count columns.
         """
         if mask is None:
-            return cls(batch, seqlen, longest=seqlen)
+            return cls(batch, seqlen, longest=seqlen, shortest=seqlen)
         real = mask if mask.dtype == torch.bool else mask != 0
         if not _may_read(real):
             return cls(batch, seqlen, real, longest=seqlen)
         places = real.flatten().nonzero().squeeze(1)  # on a GPU this waits for the mask
         if places.shape[0] == batch * seqlen:
-            return cls(batch, seqlen, longest=seqlen)
+            return cls(batch, seqlen, longest=seqlen, shortest=seqlen)
         if not gaps and seqlen > 1 and bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any()):
             return cls(batch, seqlen, real, longest=seqlen)
         lengths = real.sum(1, dtype=torch.int32)
         cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = int(lengths.max()) if batch else 0
-        return cls(batch, seqlen, real, places, cu_seqlens, longest)
+        shortest, longest = torch.stack(lengths.aminmax()).tolist() if batch else (0, 0)
+        return cls(batch, seqlen, real, places, cu_seqlens, longest, shortest)
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...)."""
@@ -98,6 +99,17 @@ class Tokens:
         out = attention(q, k, v, window=window, segment_ids=ids, return_weights=weights, **options)
         out, shown = out if isinstance(out, tuple) else (out, None)
         return self.pack(out.transpose(1, 2)), shown
+
+    def attend_from(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of some tokens to all of their sequence, without padding: (N, H, D), (T, H, D) twice -> (N, H, D).
+
+        rows: (N,) integers, ascending, where the tokens of q stand among the T.
+        """
+        starts = self.starts(q.device)
+        of_rows = torch.searchsorted(rows, starts, out_int32=True)  # (B + 1,)
+        # reading the most rows of a sequence would wait for a GPU, whose kernels need a bound only
+        most = int(of_rows.diff().max()) if q.device.type == "cpu" else self.longest
+        return cast(Tensor, attention_varlen(q, k, v, of_rows, starts, most, self.longest, **options))
 
     def first(self, x: Tensor) -> Tensor:
         """The first token of every sequence, (T, E) -> (B, E); 0 where there is none."""

@@ -270,15 +270,16 @@ def evaluate_set(model: Any, data: Passages, *, batch_size: int = BATCH_SIZE) ->
             batch = joined([data.collate([data[i]]) for i in some], data.pad_id)
             batch = {name: value.to(device) for name, value in batch.items()}
             nexts, labels = batch.pop("next_sentence_label", None), batch.pop("labels")
-            x, tokens, _, _ = model.bert.encode_tokens(**batch)
-            targets = tokens.pack(labels)
-            chosen = targets != IGNORE_INDEX
-            logits, targets = wide(model.decoder(model.head(x[chosen]))), targets[chosen]
+            encoded = model.bert.encode_tokens(**batch)
+            targets = encoded.tokens.pack(labels)
+            chosen = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+            x, first = (encoded.at(chosen), None) if nexts is None else encoded.at_and_first(chosen)
+            logits, targets = wide(model.decoder(model.head(x))), targets[chosen]
             loss_sum += float(cross_entropy(logits, targets, reduction="sum"))
             right += int((logits.argmax(-1) == targets).sum())
             count += len(targets)
             if nexts is not None:
-                logits = model.seq_relationship(torch.tanh(model.pooler(tokens.first(x))))
+                logits = model.seq_relationship(torch.tanh(model.pooler(first)))
                 follows += int((logits.argmax(-1) == nexts).sum())
     loss = loss_sum / count
     metrics = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "accuracy": right / count}

@@ -175,19 +175,22 @@ class TaughtAnswerer(Taught, BertForQuestionAnswering):
 class _TaughtWords(Taught):
     """The masked words of a masked language model: logits exist at these alone, of both models."""
 
-    def taught_words(self: Any, given: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The whole loss of the masked words, and the encoding of the student's tokens."""
+    def taught_words(
+        self: Any, given: dict[str, Any], *, first: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The whole loss of the masked words, and if `first` the student's hidden states of first tokens (B, E)."""
         labels = given["labels"]
         encoded = self.bert.encode_tokens(**{name: given.get(name) for name in INPUTS})
         targets = encoded.tokens.pack(labels)
-        chosen = targets != IGNORE_INDEX
-        ours = self.decoder(self.head(encoded.x[chosen]))
+        chosen = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        x, of_first = encoded.at_and_first(chosen) if first else (encoded.at(chosen), None)
+        ours = self.decoder(self.head(x))
         teacher = self.teacher_on(labels.device)
         with torch.no_grad():
             seen = teacher.bert.encode_tokens(**inputs_for(teacher, given))
-            theirs = teacher.decoder(teacher.head(seen.x[chosen]))
+            theirs = teacher.decoder(teacher.head(seen.at(chosen)))
         hard = cross_entropy(widened(ours), targets[chosen])
-        return self.mixed(hard, ours, theirs), encoded
+        return self.mixed(hard, ours, theirs), of_first
 
 
 class TaughtMaskedLM(_TaughtWords, BertForMaskedLM):
@@ -228,8 +231,8 @@ class TaughtPreTraining(_TaughtWords, BertForPreTraining):
         given = dict(zip(INPUTS, args)) | kwargs
         if not self.learns(given.get("labels")):
             return super().forward(*args, **kwargs)
-        loss, encoded = self.taught_words(given)
-        follows = self.seq_relationship(torch.tanh(self.pooler(encoded.tokens.first(encoded.x))))
+        loss, first = self.taught_words(given, first=True)
+        follows = self.seq_relationship(torch.tanh(self.pooler(first)))
         return PreTrainingOutput(loss, None, follows)
 
 
