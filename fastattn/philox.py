@@ -13,7 +13,7 @@ ROUNDS = 10
 LOW32 = 0xFFFFFFFF
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
-_TOP_BITS = 0x8000800080008000 - 2**64  # of four 16-bit halves, as a signed 64-bit integer
+TOP_BITS = 0x8000800080008000 - 2**64  # of four 16-bit halves, as a signed 64-bit integer
 
 
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -95,7 +95,7 @@ def keep_mask(seed: Tensor, heads: Tensor, rows: range, cols: range, dropout_p: 
         # Eight halves in the order of their keys, side by side in two int64; with the top bit flipped, unsigned
         # halves compare as signed ones.
         pairs = torch.stack([low | (high << 32) for low, high in (words[:2], words[2:])], dim=-1)
-        halves = pairs.bitwise_xor_(_TOP_BITS).view(torch.int16)
+        halves = pairs.bitwise_xor_(TOP_BITS).view(torch.int16)
     keep = (halves >= keep_threshold(dropout_p) - 0x8000).flatten(-2)
     offset = cols.start - first_call * KEYS_PER_CALL
     return keep[..., offset : offset + len(cols)]

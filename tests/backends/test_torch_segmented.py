@@ -133,10 +133,10 @@ def test_long_segments_run_alone(
     options = {"segment_ids": LAYOUTS[name], "causal": True, "dropout_p": dropout_p, "backend": "torch"}
     expected = results(fastattn.attention, tensors, **options)
     monkeypatch.setattr(short, "ELEMENTS", HEADS * 32 * 32)
-    short._groups.cache_clear()
+    short._batches.cache_clear()
     taken.clear()
     found = results(fastattn.attention, tensors, **options)
-    short._groups.cache_clear()
+    short._batches.cache_clear()
     # a long segment's dropout does not count from 0, but where it is a row's first
     assert all(taken) == (not dropout_p or name != "documents")
     for key, value in expected.items():
@@ -181,14 +181,14 @@ def test_another_row_of_the_batch_changes_no_bit(
     name: str, odd: str, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(short, "ELEMENTS", HEADS * 32 * 32)  # 38 tokens are long
-    short._groups.cache_clear()
+    short._batches.cache_clear()
     tensors = operands(2, torch.float32 if dropout_p else torch.bfloat16)
     ids = torch.cat([LAYOUTS[name][:2], runs(ODD[odd][1])])
     options = {"causal": True, "dropout_p": dropout_p, "backend": "torch"}
     together = results(fastattn.attention, tensors, segment_ids=ids, **options)
     alone = results(fastattn.attention, [t[:1] for t in tensors], segment_ids=ids[:1], **options)
     two = results(fastattn.attention, [t[:2] for t in tensors], segment_ids=ids[:2], **options)
-    short._groups.cache_clear()
+    short._batches.cache_clear()
     for key, value in together.items():
         assert torch.equal(value[:1], alone[key]), key
         assert torch.equal(value[:2], two[key]), key

@@ -149,5 +149,5 @@ def test_operations_do_not_grow_with_the_number_of_short_sequences() -> None:
             results_of(lengths, tensors, dropout_p=0.1, dropout_seed=0)
         return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
-    operations(2)
+    operations(40)  # memory that is used again grows to what it needs
     assert operations(40) <= operations(4)

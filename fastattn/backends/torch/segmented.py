@@ -31,19 +31,16 @@ def attention_fwd(call: AttentionCall, first_sequence: int, alone: Forward) -> t
     alone: (out, lse) of one run, a sequence of the dropout stream.
     """
     given = _sequences(call, first_sequence)
-    if given is None or not _rest_can_run(given, groups := given.groups()):
+    if given is None or not _rest_can_run(given, batches := given.batches()):
         return None
     batch, num_heads, seqlen = call.query.shape[:3]
     out = empty_in_order(call.query, (batch, num_heads, seqlen, call.value.shape[3])).zero_()
     lse = call.query.new_full(out.shape[:3], -torch.inf, dtype=accumulation_dtype(out.dtype))
     outs, lses = _tokens(out), lse.new_full((batch * seqlen, num_heads), -torch.inf)
     done: set[int] = set()
-    for group in groups:
-        of_group, lse_of_group = short.forward(given, group)
-        done |= group.finite(of_group, lse_of_group)
-        group.rows.put(of_group, outs)
-        group.rows.put(lse_of_group, lses)
-    if not _rest_can_run(given, groups, done):
+    for together in batches:
+        done |= short.forward(given, together, outs, lses)
+    if not _rest_can_run(given, batches, done):
         return None
     _write(out, outs)
     lse.copy_(lses.view(batch, seqlen, num_heads).transpose(1, 2))
@@ -61,18 +58,15 @@ def attention_bwd(
     alone: those of one run, of (call, out, lse, dout, dlse, its sequence of the dropout stream).
     """
     given = _sequences(call, first_sequence)
-    if given is None or not _rest_can_run(given, groups := given.groups(short.fewer_keys_bwd(spec))):
+    if given is None or not _rest_can_run(given, batches := given.batches(short.fewer_keys_bwd(spec))):
         return None
     grads = [empty_in_order(t, tuple(t.shape)).zero_() for t in (call.query, call.key, call.value)]
     totals, douts = [_tokens(grad) for grad in grads], _tokens(dout)
-    dlses = None if dlse is None else _tokens(dlse).T
+    dlses = None if dlse is None else _tokens(dlse)
     done: set[int] = set()
-    for group in groups:
-        padded = short.backward(given, group, douts, dlses)
-        done |= group.finite(*padded)
-        for total, places, grad in zip(totals, (group.rows, group.cols, group.cols), padded):
-            places.put(grad, total)
-    if not _rest_can_run(given, groups, done):
+    for together in batches:
+        done |= short.backward(given, together, douts, dlses, totals)
+    if not _rest_can_run(given, batches, done):
         return None
     for grad, total in zip(grads, totals):
         _write(grad, total)
@@ -125,13 +119,13 @@ def _write(padded: Tensor, tokens: Tensor) -> None:
 
 
 def _rest_can_run(
-    given: short.Sequences, groups: Sequence[short.Group], done: set[int] | None = None
+    given: short.Sequences, batches: Sequence[short.Batch], done: set[int] | None = None
 ) -> bool:
-    """Whether every run that is in no group, or not `done`, can run alone: its dropout must count from 0."""
+    """Whether every run that is in no batch, or not `done`, can run alone: its dropout must count from 0."""
     if not given.call.dropout_p or given.streams is None:
         return True
     if done is None:
-        done = {run for group in groups for run in group.numbers}
+        done = {run for batch in batches for run in batch.numbers}
     return all(run in done or first == 0 for run, (_, first) in enumerate(given.streams))
 
 

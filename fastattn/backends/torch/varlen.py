@@ -45,11 +45,8 @@ def varlen_fwd(spec: AttentionSpec, call: VarlenCall) -> tuple[Tensor, Tensor]:
     done: set[int] = set()
     # without dropout torch's fused kernel is one operation for each sequence
     given = short.Sequences.of(call, bounds)
-    for group in given.groups() if spec.dropout and short.can_run(spec) else ():
-        outs, lses = short.forward(given, group)
-        done |= group.finite(outs, lses)
-        group.rows.put(outs, out)
-        group.rows.put(lses, lse.T)
+    for batch in given.batches() if spec.dropout and short.can_run(spec) else ():
+        done |= short.forward(given, batch, out, lse.T)
     for b, rows, _, sequence in _sequences(call, bounds, done):
         sequence_out, sequence_lse = attention_fwd(spec, sequence, b)
         out[rows] = sequence_out[0].transpose(0, 1)
@@ -137,11 +134,8 @@ def varlen_bwd(
     bounds = _bounds(call)
     done: set[int] = set()
     given = short.Sequences.of(call, bounds)
-    for group in given.groups(short.fewer_keys_bwd(spec)) if short.can_run(spec) else ():
-        padded = short.backward(given, group, dout, dlse)
-        done |= group.finite(*padded)
-        for total, places, padded_grad in zip((dq, dk, dv), (group.rows, group.cols, group.cols), padded):
-            places.put(padded_grad, total)
+    for batch in given.batches(short.fewer_keys_bwd(spec)) if short.can_run(spec) else ():
+        done |= short.backward(given, batch, dout, None if dlse is None else dlse.T, (dq, dk, dv))
     for b, rows, cols, sequence in _sequences(call, bounds, done):
         grads = attention_bwd(
             spec, sequence, _padded(out[rows]), lse[None, :, rows], _padded(dout[rows]),

@@ -7,8 +7,7 @@ sequence: rows are queries of its group, and of the scores.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastattn import torch_compat
 from fastattn.backends.torch.dropout import kept_weights
+from fastattn.backends.torch.memory import shared
 from fastattn.backends.torch.parts import COL_BLOCK, grouped, parts
 from fastattn.backends.torch.schedule import Tile
 from fastattn.philox import keep_scale
@@ -26,29 +26,6 @@ from fastattn.strides import empty_in_order
 # matrix with more take longer than starting them.
 ELEMENTS = 2**19
 NARROW_MIN_ROWS = 16  # of queries, from which on oneDNN computes products in 16 bits
-
-
-class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-_of_thread = _OfThread()
-
-
-def shared(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of this thread, in the same memory each time: new pages would cost more than a product.
-
-    Its values last until the name is asked for again; the memory stays with the thread. What is asked for has about
-    `ELEMENTS` elements at most, of 16 bits twice as many.
-    """
-    memory = _of_thread.memory
-    size = math.prod(shape)
-    flat = memory.get((name, dtype))
-    if flat is None or flat.numel() < size:
-        with torch.inference_mode(False):  # or it could be written in that mode only
-            flat = memory[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
-    return flat[:size].view(shape)
 
 
 def product(
