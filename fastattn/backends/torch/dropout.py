@@ -33,6 +33,7 @@ from fastattn.philox import (
 BLOCK = 2**14  # counters that NumPy draws at a time; six buffers of 8 bytes for each
 THREADED_MIN = 2**15 + 1  # counters, from which on torch divides an operation among threads
 THREADED_BLOCK = 2**15  # counters of a thread of torch at a time
+MOST_THREADS = 8  # that draw; the memory of one operation's counters is kept
 PAGE_WORDS = 2**9  # of 8 bytes, in a page of memory
 RECENT_BYTES = 2**24  # of masks that are kept for a backward pass
 Words = NDArray[np.uint64]
@@ -140,7 +141,7 @@ def _drawn(seed: int, grids: Sequence[Grid], threshold: int) -> list[NDArray[np.
     key = seed & LOW32, (seed >> 32) & LOW32
     threads = torch.get_num_threads()
     if threads > 1 and sum(keep.size for keep in keeps) >= THREADED_MIN * KEYS_PER_CALL:
-        _draw_by_threads(key, grids, threshold, keeps, THREADED_BLOCK * threads)
+        _draw_by_threads(key, grids, threshold, keeps, THREADED_BLOCK * min(threads, MOST_THREADS))
         return keeps
     for grid, keep in zip(grids, keeps):
         calls = np.arange(grid.calls.start, grid.calls.stop, dtype=np.uint64)

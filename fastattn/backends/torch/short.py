@@ -99,9 +99,12 @@ class Places:
     of_tokens: Tensor  # (T * heads,), their rows
 
     def gathered(self, tokens: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-        """(tokens, heads, n) as (R, n), in memory of `shared`."""
+        """(tokens, heads, n) as (R, n), in memory of `shared` where they are of a usual size."""
         rows = tokens.reshape(-1, tokens.shape[2])
-        memory = shared(name, (len(self.rows), tokens.shape[2]), dtype)
+        shape = len(self.rows), tokens.shape[2]
+        if shape[0] * shape[1] > ELEMENTS:
+            return rows.index_select(0, self.rows).to(dtype)
+        memory = shared(name, shape, dtype)
         if rows.dtype == dtype:
             return torch.index_select(rows, 0, self.rows, out=memory)
         return memory.copy_(rows.index_select(0, self.rows))
