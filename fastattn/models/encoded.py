@@ -49,13 +49,15 @@ class Encoded:
 
     def at(self, rows: Tensor) -> Tensor:
         """(N, E), of the tokens at rows (N,) int64, ascending places among the T; computes the layer in each call."""
-        return self._read(rows)
+        if self._last is not None and 0 < rows.shape[0] < self._x.shape[0]:
+            return self._last(self._x, rows)
+        return self.x.index_select(0, rows)
 
     def first(self) -> Tensor:
         """(B, E), of the first token of each sequence; 0 where there is none."""
         if self.tokens.shortest < 1:  # or nothing is known about it
             return self.tokens.first(self.x)
-        return self._read(self._firsts())
+        return self.at(self._firsts())
 
     def at_and_first(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """`at` and `first`, the layer computed once for the tokens of both."""
@@ -63,13 +65,8 @@ class Encoded:
             return self.x.index_select(0, rows), self.first()
         firsts = self._firsts()
         both, order = torch.cat((firsts, rows)).sort(stable=True)
-        x = self._read(both).index_select(0, order.argsort())
+        x = self.at(both).index_select(0, order.argsort())
         return x[firsts.shape[0] :], x[: firsts.shape[0]]
 
     def _firsts(self) -> Tensor:
         return self.tokens.starts(self._x.device)[:-1].long()
-
-    def _read(self, rows: Tensor) -> Tensor:
-        if self._last is not None and 0 < rows.shape[0] < self._x.shape[0]:
-            return self._last(self._x, rows)
-        return self.x.index_select(0, rows)

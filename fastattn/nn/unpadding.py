@@ -37,7 +37,7 @@ class Tokens:
     places: Tensor | None = None  # (T,) int64, places among B * S of packed tokens, ascending
     cu_seqlens: Tensor | None = None  # (B + 1,) int32, where each sequence of packed tokens starts
     longest: int = 0  # tokens of the longest sequence
-    shortest: int = 0  # and of the shortest; a lower bound where there is no form without padding
+    shortest: int = 0  # and of the shortest; 0 where the mask's values are not read
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, seqlen: int, *, gaps: bool = True) -> Tokens:

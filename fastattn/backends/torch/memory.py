@@ -22,7 +22,7 @@ def shared(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of this thread, in the same memory each time: new pages would cost more than a product.
 
     Its values last until the name is asked for again; the memory stays with the thread. What is asked for is bounded by
-    its callers, to a few megabytes.
+    its callers, to 16 megabytes at most.
     """
     memory = _of_thread.memory
     size = math.prod(shape)
